@@ -1,0 +1,58 @@
+//! Things done to all slots at once. Each may have to wait for its device, for a bounded time; so all of them wait together.
+
+use std::sync::Arc;
+use std::thread;
+
+use proto::error::Error;
+use proto::v1::SlotConfig;
+
+use super::Status;
+use crate::memory::GuestRam;
+use crate::slot::Slot;
+
+/// Does `what` to every slot.
+pub(super) fn for_each(slots: &[Arc<Slot>], what: impl Fn(&Slot) + Sync) {
+    together(slots, |slot| what(slot));
+}
+
+/// Connects every slot to its device; none if one fails.
+pub(super) fn connect(
+    configs: &[SlotConfig],
+    ram: &Arc<GuestRam>,
+    status: &Arc<Status>,
+) -> Result<Vec<Arc<Slot>>, Error> {
+    together(configs, |config| Slot::connect(config, Arc::clone(ram), Arc::clone(status) as _))
+        .into_iter()
+        .collect()
+}
+
+/// The results of `what` for each of `all`, in order, one thread for each but the first.
+fn together<T: Sync, R: Send>(all: &[T], what: impl Fn(&T) -> R + Sync) -> Vec<R> {
+    let Some((first, others)) = all.split_first() else { return Vec::new() };
+    thread::scope(|scope| {
+        let what = &what;
+        let threads: Vec<_> = others.iter().map(|one| scope.spawn(move || what(one))).collect();
+        let mut results = vec![what(first)];
+        // A panic would have ended the process.
+        results.extend(threads.into_iter().filter_map(|t| t.join().ok()));
+        results
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::{Duration, Instant};
+
+    use super::*;
+
+    #[test]
+    fn results_are_in_order_and_waits_overlap() {
+        let start = Instant::now();
+        let doubled = together(&[1, 2, 3, 4], |n| {
+            thread::sleep(Duration::from_millis(50));
+            n * 2
+        });
+        assert_eq!(doubled, [2, 4, 6, 8]);
+        assert!(start.elapsed() < Duration::from_millis(150));
+    }
+}
