@@ -1,0 +1,198 @@
+//! What a data thread's loop is made of: waiting for kicks, completions and orders.
+
+use std::io;
+use std::os::fd::{AsFd, AsRawFd};
+use std::sync::Arc;
+use std::sync::mpsc::{self, TryRecvError};
+use std::time::Duration;
+
+use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
+
+use crate::event::Event;
+
+/// How many descriptors one wait reports at most; the rest come with the next.
+const BATCH: usize = 64;
+
+/// Waits for any of many descriptors; each is named by a number of the caller's choice.
+#[derive(Debug)]
+pub struct Poller {
+    epoll: Epoll,
+    events: [EpollEvent; BATCH],
+}
+
+impl Poller {
+    /// An empty one.
+    pub fn new() -> io::Result<Self> {
+        Ok(Self { epoll: Epoll::new()?, events: [EpollEvent::default(); BATCH] })
+    }
+
+    /// Reports `token` once for every new signal on `fd`, without anybody having to read it: for eventfds (kicks,
+    /// completions). One signalled before this call is reported, too.
+    pub fn add_edge(&self, fd: impl AsFd, token: u64) -> io::Result<()> {
+        self.add(fd, EventSet::IN | EventSet::EDGE_TRIGGERED, token)
+    }
+
+    /// Reports `token` as long as `fd` can be read.
+    pub fn add_level(&self, fd: impl AsFd, token: u64) -> io::Result<()> {
+        self.add(fd, EventSet::IN, token)
+    }
+
+    fn add(&self, fd: impl AsFd, events: EventSet, token: u64) -> io::Result<()> {
+        let fd = fd.as_fd().as_raw_fd();
+        self.epoll.ctl(ControlOperation::Add, fd, EpollEvent::new(events, token))
+    }
+
+    /// Reports `fd` no more. To be called before it is closed, if anybody else has it open.
+    pub fn remove(&self, fd: impl AsFd) -> io::Result<()> {
+        self.epoll.ctl(ControlOperation::Delete, fd.as_fd().as_raw_fd(), EpollEvent::default())
+    }
+
+    /// Waits until something is to be reported, for at most `timeout` (rounded up to milliseconds; `None`: for ever;
+    /// zero: not at all), and answers the tokens.
+    pub fn wait(&mut self, timeout: Option<Duration>) -> io::Result<impl Iterator<Item = u64> + '_> {
+        let milliseconds = match timeout {
+            None => -1,
+            Some(t) => i32::try_from(t.as_nanos().div_ceil(1_000_000)).unwrap_or(i32::MAX),
+        };
+        let count = match self.epoll.wait(milliseconds, &mut self.events) {
+            Ok(count) => count,
+            Err(e) if e.kind() == io::ErrorKind::Interrupted => 0,
+            Err(e) => return Err(e),
+        };
+        Ok(self.events[..count].iter().map(EpollEvent::data))
+    }
+}
+
+/// A way to send orders to a data thread, which finds them by a [`Poller`].
+#[derive(Debug)]
+pub struct Sender<T> {
+    /// `None` only while being dropped.
+    queue: Option<mpsc::Sender<T>>,
+    event: Arc<Event>,
+}
+
+impl<T> Clone for Sender<T> {
+    fn clone(&self) -> Self {
+        Self { queue: self.queue.clone(), event: self.event.clone() }
+    }
+}
+
+impl<T> Sender<T> {
+    /// Sends, and wakes the thread; gives the order back if the thread has ended.
+    pub fn send(&self, order: T) -> Result<(), T> {
+        match &self.queue {
+            Some(queue) => queue.send(order).map_err(|e| e.0)?,
+            None => return Err(order),
+        }
+        self.event.signal();
+        Ok(())
+    }
+}
+
+impl<T> Drop for Sender<T> {
+    /// The thread may be waiting for the end: first make it true, then wake.
+    fn drop(&mut self) {
+        self.queue = None;
+        self.event.signal();
+    }
+}
+
+/// What a [`Sender`] may have sent.
+#[derive(Debug)]
+pub enum Order<T> {
+    /// This.
+    Some(T),
+    /// Nothing now.
+    None,
+    /// Nothing ever: all senders are gone.
+    Closed,
+}
+
+/// A data thread's end.
+#[derive(Debug)]
+pub struct Receiver<T> {
+    queue: mpsc::Receiver<T>,
+    event: Arc<Event>,
+}
+
+impl<T> Receiver<T> {
+    /// To be given to [`Poller::add_edge`]. Whenever it is reported, take orders until there are none.
+    pub fn event(&self) -> &Event {
+        &self.event
+    }
+
+    /// The next order, without waiting.
+    pub fn take(&self) -> Order<T> {
+        match self.queue.try_recv() {
+            Ok(order) => Order::Some(order),
+            Err(TryRecvError::Empty) => Order::None,
+            Err(TryRecvError::Disconnected) => Order::Closed,
+        }
+    }
+}
+
+impl<T> Receiver<T> {
+    /// Waits for an order, or for the end of all senders.
+    pub fn wait(&self) -> Order<T> {
+        self.queue.recv().map_or(Order::Closed, Order::Some)
+    }
+}
+
+/// A new way to send orders to a data thread.
+pub fn mailbox<T>() -> io::Result<(Sender<T>, Receiver<T>)> {
+    let (sender, receiver) = mpsc::channel();
+    let event = Arc::new(Event::new()?);
+    Ok((Sender { queue: Some(sender), event: event.clone() }, Receiver { queue: receiver, event }))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn tokens(poller: &mut Poller, timeout: Duration) -> Vec<u64> {
+        poller.wait(Some(timeout)).unwrap().collect()
+    }
+
+    #[test]
+    fn edges_are_reported_once_each_and_without_reading() {
+        let event = Event::new().unwrap();
+        let mut poller = Poller::new().unwrap();
+        event.signal();
+        poller.add_edge(&event, 7).unwrap();
+        assert_eq!(tokens(&mut poller, Duration::ZERO), [7]);
+        assert!(tokens(&mut poller, Duration::ZERO).is_empty());
+        event.signal();
+        assert_eq!(tokens(&mut poller, Duration::ZERO), [7]);
+        event.signal();
+        poller.remove(&event).unwrap();
+        assert!(tokens(&mut poller, Duration::ZERO).is_empty());
+    }
+
+    #[test]
+    fn orders_wake_and_so_does_the_last_senders_end() {
+        let (sender, receiver) = mailbox().unwrap();
+        let mut poller = Poller::new().unwrap();
+        poller.add_edge(receiver.event(), 1).unwrap();
+        let other = sender.clone();
+        let thread = std::thread::spawn(move || {
+            other.send(5).unwrap();
+            sender.send(6).unwrap();
+        });
+        let (mut got, mut closed) = (Vec::new(), false);
+        while !closed {
+            assert_eq!(tokens(&mut poller, Duration::from_secs(10)), [1]);
+            loop {
+                match receiver.take() {
+                    Order::Some(n) => got.push(n),
+                    Order::None => break,
+                    Order::Closed => {
+                        closed = true;
+                        break;
+                    }
+                }
+            }
+        }
+        thread.join().unwrap();
+        assert_eq!(got, [5, 6]);
+    }
+}

@@ -1,0 +1,218 @@
+//! The card's process: from its command line to its exit status.
+//!
+//! ```no_run
+//! # use std::process::ExitCode;
+//! # fn card(args: offload_card::runtime::CardArgs) -> ExitCode {
+//! # struct Factory;
+//! # impl offload_card::DeviceFactory for Factory {
+//! #     fn validate(&self, _: &proto::v1::DeviceSpec) -> Result<offload_card::Identity, proto::error::Error> { panic!() }
+//! #     fn create(&self, _: &proto::v1::DeviceSpec, _: offload_card::ConfigNotifier)
+//! #         -> Result<std::sync::Arc<dyn offload_card::Device>, proto::error::Error> { panic!() }
+//! # }
+//! offload_card::runtime::run("offload-xyz", env!("CARGO_PKG_VERSION"), &args, |_runtime_dir| {
+//!     let factory = std::sync::Arc::new(Factory);
+//!     // Services of this kind of card are added to `routes`; `Card` is there already.
+//!     Ok(offload_card::runtime::Parts { factory, routes: Default::default() })
+//! })
+//! # }
+//! ```
+//!
+//! In order: log, runtime directory, the card's own state (`build`), devices made again from their records, control
+//! socket, readiness. A device that cannot be made again (its image is gone) is logged, listed as broken and tried
+//! again from time to time; the controller can delete it.
+//!
+//! SIGTERM or SIGINT: the control socket closes, every device finishes what is in flight (for at most
+//! [`DRAIN_TIMEOUT`]), and the process exits with 0; records stay, so the next process has the same devices.
+
+mod control;
+mod records;
+mod registry;
+
+use std::io;
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::net::UnixListener;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use listenfd::ListenFd;
+use proto::error::Error;
+use proto::v1::ErrorReason;
+use sd_notify::NotifyState;
+use tokio::signal::unix::{SignalKind, signal};
+use tokio_stream::wrappers::UnixListenerStream;
+use tonic::Code;
+use tonic::service::RoutesBuilder;
+use tonic::transport::Server;
+use tracing::{error, info};
+use tracing_subscriber::EnvFilter;
+
+use crate::factory::DeviceFactory;
+use control::ControlService;
+use registry::Registry;
+
+/// How long a graceful stop waits for what is in flight. What is not finished by then stays recorded as in flight, and
+/// is done again by the next process.
+pub const DRAIN_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// The command line every card has; `#[command(flatten)]` it into the binary's own.
+#[derive(Debug, Clone, clap::Args)]
+pub struct CardArgs {
+    /// Unix socket of the control service. Not used when systemd passes a listening socket (LISTEN_FDS).
+    #[arg(long, value_name = "SOCKET")]
+    pub control: PathBuf,
+    /// Directory for device sockets and for the records from which devices are made again after a crash.
+    #[arg(long, value_name = "DIR")]
+    pub runtime_dir: PathBuf,
+    /// What to log: error, warn, info, debug, trace, or a filter as of tracing-subscriber.
+    #[arg(long, value_name = "FILTER", env = "OUTBOARD_LOG", default_value = "info")]
+    pub log: String,
+}
+
+/// What a kind of card adds to the runtime.
+#[derive(Debug)]
+pub struct Parts<F> {
+    /// Makes its devices.
+    pub factory: F,
+    /// Its own gRPC services.
+    pub routes: RoutesBuilder,
+}
+
+/// Runs a card until it is told to stop. `kind` is its name in `CardInfo.kind`. `build` gets the runtime directory, which
+/// exists then, and restores what the card keeps beside devices.
+pub fn run<F: DeviceFactory>(
+    kind: &'static str,
+    version: &'static str,
+    args: &CardArgs,
+    build: impl FnOnce(&Path) -> Result<Parts<F>, Error>,
+) -> ExitCode {
+    if let Err(e) = start_log(&args.log) {
+        eprintln!("{kind}: {e}");
+        return ExitCode::from(2);
+    }
+    match serve(kind, version, args, build) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(e) => {
+            error!("{e}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn start_log(filter: &str) -> Result<(), Error> {
+    let filter = EnvFilter::try_new(filter)
+        .map_err(|e| Error::invalid_field("log", format!("log filter {filter:?} is not valid: {e}")))?;
+    let log = tracing_subscriber::fmt().with_writer(io::stderr).with_env_filter(filter).with_target(false);
+    // Under systemd the journal has the time already.
+    if std::env::var_os("JOURNAL_STREAM").is_some() {
+        log.without_time().with_ansi(false).init();
+    } else {
+        log.with_ansi(io::IsTerminal::is_terminal(&io::stderr())).init();
+    }
+    Ok(())
+}
+
+fn serve<F: DeviceFactory>(
+    kind: &'static str,
+    version: &'static str,
+    args: &CardArgs,
+    build: impl FnOnce(&Path) -> Result<Parts<F>, Error>,
+) -> Result<(), Error> {
+    let host = |what: &str, e: io::Error| host_error(what, &e);
+    records::make_directory(&args.runtime_dir, 0o755)?;
+    let devices = args.runtime_dir.join("devices");
+    records::make_device_directory(&devices)?;
+    let Parts { factory, mut routes } = build(&args.runtime_dir)?;
+    let registry = Arc::new(Registry::new(factory, devices));
+    registry.restore();
+    let (listener, bound) = control_listener(&args.control)?;
+    listener.set_nonblocking(true).map_err(|e| host("cannot set up the control socket", e))?;
+
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .map_err(|e| host("cannot start the control service", e))?;
+    let served = runtime.block_on(async {
+        let mut terminate = signal(SignalKind::terminate())?;
+        let mut interrupt = signal(SignalKind::interrupt())?;
+        let service = ControlService::new(kind, version, registry.clone());
+        routes.add_service(proto::v1::card_server::CardServer::new(service));
+        let incoming = UnixListenerStream::new(tokio::net::UnixListener::from_std(listener)?);
+        let server = Server::builder().serve_with_incoming(routes.routes().prepare(), incoming);
+        info!(
+            "{kind} {version} serves {} devices, control socket {}",
+            registry.len(),
+            args.control.display()
+        );
+        notify(&[NotifyState::Ready]);
+        tokio::select! {
+            served = server => served.map_err(io::Error::other),
+            _ = terminate.recv() => Ok(()),
+            _ = interrupt.recv() => Ok(()),
+        }
+    });
+    // Calls that still run in worker threads may hang on a dead storage: nobody waits for them.
+    runtime.shutdown_background();
+    notify(&[NotifyState::Stopping]);
+    info!("stopping");
+    if bound {
+        let _ = std::fs::remove_file(&args.control);
+    }
+    registry.stop_all(Instant::now() + DRAIN_TIMEOUT);
+    served.map_err(|e| host("the control service failed", e))
+}
+
+/// Tells systemd, if it asked to be told.
+fn notify(state: &[NotifyState<'_>]) {
+    if let Err(e) = sd_notify::notify(state) {
+        error!("cannot notify systemd: {e}");
+    }
+}
+
+/// The socket systemd passed, or a new one at `path` (then true).
+fn control_listener(path: &Path) -> Result<(UnixListener, bool), Error> {
+    let failed = |e: io::Error| {
+        host_error(&format!("cannot listen on control socket {}", path.display()), &e)
+            .resource(path.display().to_string())
+            .remedy("check that its directory exists and may be written to")
+    };
+    if let Some(listener) = ListenFd::from_env().take_unix_listener(0).map_err(failed)? {
+        return Ok((listener, false));
+    }
+    let listener = bind(path).map_err(failed)?;
+    Ok((listener, true))
+}
+
+/// Listens at `path`, on which a dead predecessor may have left its socket, with mode 0660.
+pub(crate) fn bind(path: &Path) -> io::Result<UnixListener> {
+    match std::fs::symlink_metadata(path) {
+        Ok(metadata) if std::os::unix::fs::FileTypeExt::is_socket(&metadata.file_type()) => {
+            if std::os::unix::net::UnixStream::connect(path).is_ok() {
+                return Err(io::Error::new(io::ErrorKind::AddrInUse, "another process serves it"));
+            }
+            std::fs::remove_file(path)?;
+        }
+        Ok(_) => {
+            return Err(io::Error::new(io::ErrorKind::AlreadyExists, "there is a file that is no socket"));
+        }
+        Err(e) if e.kind() == io::ErrorKind::NotFound => {}
+        Err(e) => return Err(e),
+    }
+    let listener = UnixListener::bind(path)?;
+    std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o660))?;
+    Ok(listener)
+}
+
+/// The host said no.
+pub(crate) fn host_error(what: &str, e: &io::Error) -> Error {
+    let (code, reason) = match e.kind() {
+        io::ErrorKind::PermissionDenied => (Code::PermissionDenied, ErrorReason::PermissionDenied),
+        _ => (Code::Internal, ErrorReason::Host),
+    };
+    let error = Error::new(code, reason, format!("{what}: {e}"));
+    match e.raw_os_error() {
+        Some(errno) => error.with("errno", errno.to_string()),
+        None => error,
+    }
+}
