@@ -1,0 +1,29 @@
+//! The storage card: virtio-blk devices on raw image files and block devices.
+//!
+//! [`BlockDevice`] is the engine. It knows rings and images, nothing of vhost-user or gRPC, and runs inside the card or
+//! inside a VMM alike. A started queue is a thread of its own that owns the ring, its requests and its way of doing I/O:
+//!
+//! ```text
+//!   ring ──pop──► request ──► slot (iovecs straight into guest memory) ──► io_uring ──► image
+//!     ▲                         │ O_DIRECT and the guest's buffers unaligned: by a bounce buffer
+//!     └──push, publish── status ┘
+//! ```
+//!
+//! Guarantees. A write that was answered before a FLUSH was sent is durable when the FLUSH is answered. A request is
+//! answered once, whatever happens to this process: what was in flight is found in the ring's inflight area and done
+//! again before anything newer. Nobody else writes to the image: it is locked, and the kernel keeps the lock until the
+//! last request of a killed process is through.
+
+mod config;
+mod device;
+mod image;
+mod io;
+mod request;
+mod service;
+mod worker;
+
+pub use device::{BlockDevice, DiskConfig};
+pub use image::{Geometry, Image, SECTOR_BYTES};
+pub use request::{HEADER_BYTES, ID_BYTES, Limits, NoStatus, Request, Status, parse};
+pub use service::{StorageCard, StorageService};
+pub use worker::IoEngine;

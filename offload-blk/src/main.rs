@@ -1,0 +1,35 @@
+//! `offload-blk`: the storage card.
+
+use std::process::ExitCode;
+
+use clap::Parser;
+use offload_blk::{IoEngine, StorageCard, StorageService};
+use offload_card::runtime::{self, CardArgs, Parts};
+use proto::v1::storage_card_server::StorageCardServer;
+use tonic::service::RoutesBuilder;
+
+/// Outboard's storage card: serves disks to virtual machines over vhost-user.
+///
+/// Disks are made and removed by the controller over the control socket; they come back by themselves when the card is
+/// started again with the same runtime directory.
+#[derive(Debug, Parser)]
+#[command(
+    version,
+    after_help = "Example:\n  offload-blk --control /run/outboard-blk/control.sock --runtime-dir /run/outboard-blk"
+)]
+struct Args {
+    #[command(flatten)]
+    card: CardArgs,
+    /// How to do I/O.
+    #[arg(long, value_enum, default_value_t)]
+    io: IoEngine,
+}
+
+fn main() -> ExitCode {
+    let args = Args::parse();
+    runtime::run("offload-blk", env!("CARGO_PKG_VERSION"), &args.card, |_| {
+        let mut routes = RoutesBuilder::default();
+        routes.add_service(StorageCardServer::new(StorageService));
+        Ok(Parts { factory: StorageCard::new(args.io), routes })
+    })
+}

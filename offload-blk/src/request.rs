@@ -1,0 +1,205 @@
+//! A virtio-blk request (VirtIO 1.3 section 5.2.6), taken out of a descriptor chain.
+//!
+//! ```text
+//! to be read:     type u32, reserved u32, sector u64, data of a write
+//! to be written:  data of a read, status u8
+//! ```
+//!
+//! How the driver cuts this into descriptors is its business: only the order counts.
+
+use offload_card::Chain;
+use virtio_bindings::virtio_blk::{
+    VIRTIO_BLK_ID_BYTES, VIRTIO_BLK_S_IOERR, VIRTIO_BLK_S_OK, VIRTIO_BLK_S_UNSUPP, VIRTIO_BLK_T_FLUSH,
+    VIRTIO_BLK_T_GET_ID, VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT,
+};
+
+use crate::image::SECTOR_BYTES;
+
+/// Length of a request's header in bytes.
+pub const HEADER_BYTES: usize = 16;
+/// Length of what GET_ID answers, in bytes.
+pub const ID_BYTES: usize = VIRTIO_BLK_ID_BYTES as usize;
+
+/// How a request ended, as the driver is told.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Status {
+    /// VIRTIO_BLK_S_OK.
+    Ok,
+    /// VIRTIO_BLK_S_IOERR.
+    IoError,
+    /// VIRTIO_BLK_S_UNSUPP.
+    Unsupported,
+}
+
+impl Status {
+    /// The status byte.
+    pub fn byte(self) -> u8 {
+        (match self {
+            Self::Ok => VIRTIO_BLK_S_OK,
+            Self::IoError => VIRTIO_BLK_S_IOERR,
+            Self::Unsupported => VIRTIO_BLK_S_UNSUPP,
+        }) as u8
+    }
+}
+
+/// What is to be done.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Request {
+    /// Read `length` bytes from `offset` into what may be written, all but its last byte.
+    Read {
+        /// Byte offset in the image.
+        offset: u64,
+        /// Bytes; not 0.
+        length: u32,
+    },
+    /// Write `length` bytes at `offset`, from what is to be read, behind the header.
+    Write {
+        /// Byte offset in the image.
+        offset: u64,
+        /// Bytes; not 0.
+        length: u32,
+    },
+    /// Make durable what has been written and answered.
+    Flush,
+    /// Answer the disk's serial number.
+    GetId,
+    /// Nothing but to answer.
+    Done(Status),
+}
+
+/// There is no byte for the status: the driver cannot be answered.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct NoStatus;
+
+/// What a request has to be checked against.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Limits {
+    /// Length of the image in bytes.
+    pub size_bytes: u64,
+    /// Nothing may be written.
+    pub read_only: bool,
+}
+
+/// Understands the request in `chain`.
+pub fn parse(chain: &Chain, limits: Limits) -> Result<Request, NoStatus> {
+    let Some(writable) = chain.writable_len().checked_sub(1) else {
+        return Err(NoStatus);
+    };
+    let mut header = [0; HEADER_BYTES];
+    if chain.read_at(0, &mut header) != HEADER_BYTES {
+        return Ok(Request::Done(Status::IoError));
+    }
+    let readable = chain.readable_len() - HEADER_BYTES as u32;
+    let [t0, t1, t2, t3, _, _, _, _, sector @ ..] = header;
+    let sector = u64::from_le_bytes(sector);
+    Ok(match u32::from_le_bytes([t0, t1, t2, t3]) {
+        VIRTIO_BLK_T_IN => match range(sector, writable, limits.size_bytes) {
+            Ok((offset, length)) => Request::Read { offset, length },
+            Err(status) => Request::Done(status),
+        },
+        VIRTIO_BLK_T_OUT if limits.read_only => Request::Done(Status::IoError),
+        VIRTIO_BLK_T_OUT => match range(sector, readable, limits.size_bytes) {
+            Ok((offset, length)) => Request::Write { offset, length },
+            Err(status) => Request::Done(status),
+        },
+        VIRTIO_BLK_T_FLUSH => Request::Flush,
+        VIRTIO_BLK_T_GET_ID => Request::GetId,
+        _ => Request::Done(Status::Unsupported),
+    })
+}
+
+/// Offset and length in bytes, if they are whole sectors of the image; a transfer of nothing is done.
+fn range(sector: u64, length: u32, size_bytes: u64) -> Result<(u64, u32), Status> {
+    if !u64::from(length).is_multiple_of(SECTOR_BYTES) {
+        return Err(Status::IoError);
+    }
+    let offset = sector.checked_mul(SECTOR_BYTES).ok_or(Status::IoError)?;
+    let end = offset.checked_add(u64::from(length)).ok_or(Status::IoError)?;
+    if end > size_bytes {
+        return Err(Status::IoError);
+    }
+    if length == 0 { Err(Status::Ok) } else { Ok((offset, length)) }
+}
+
+#[cfg(test)]
+mod tests {
+    use offload_card::ring::FEATURES;
+    use offload_card::testing::{Buffer, DriverQueue, TestGuest};
+    use proptest::prelude::*;
+    use vm_memory::{Bytes, GuestAddress};
+
+    use super::*;
+
+    const LIMITS: Limits = Limits { size_bytes: 64 * SECTOR_BYTES, read_only: false };
+
+    proptest! {
+        /// Any chain with any contents: what is to be done stays within the image and within the chain's memory.
+        #[test]
+        fn any_chain_is_understood_or_refused(
+            kind in prop_oneof![0u32..16, any::<u32>()],
+            sector in prop_oneof![0u64..80, any::<u64>()],
+            readable in prop::collection::vec(0u32..3000, 0..6),
+            writable in prop::collection::vec(0u32..3000, 0..6),
+            sectors in any::<bool>(),
+            read_only in any::<bool>(),
+        ) {
+            let guest = TestGuest::new(1 << 20);
+            let memory = &guest.memory;
+            // The first descriptors may cut the header anywhere; it is contiguous in memory all the same.
+            let (mut at, mut buffers) = (0x4_0000u64, Vec::new());
+            let round = |n: u32| if sectors { n / 512 * 512 } else { n };
+            let mut add = |length: u32, writable: bool| {
+                buffers.push(Buffer { address: at, length, writable });
+                at += u64::from(length);
+            };
+            if sectors && !readable.is_empty() {
+                add(16, false);
+            }
+            readable.iter().for_each(|n| add(round(*n), false));
+            writable.iter().for_each(|n| add(round(*n), true));
+            if sectors && !writable.is_empty() {
+                add(1, true);
+            }
+            if readable.is_empty() && writable.is_empty() {
+                add(1, false);
+            }
+            memory.write_obj(kind, GuestAddress(0x4_0000)).unwrap();
+            memory.write_obj(sector, GuestAddress(0x4_0008)).unwrap();
+            let mut driver = DriverQueue::new(&guest, 0, 16, FEATURES);
+            driver.add(&buffers).unwrap();
+            let (mut ring, _) = driver.ring(None).unwrap();
+            let mut chain = Chain::new();
+            prop_assert!(ring.pop(&mut chain).unwrap());
+            let limits = Limits { read_only, ..LIMITS };
+            let (read, written) = (chain.readable_len(), chain.writable_len());
+            match parse(&chain, limits) {
+                Err(NoStatus) => prop_assert_eq!(written, 0),
+                Ok(Request::Read { offset, length }) => {
+                    prop_assert_eq!((kind, length), (VIRTIO_BLK_T_IN, written - 1));
+                    prop_assert!(offset + u64::from(length) <= limits.size_bytes && length > 0);
+                }
+                Ok(Request::Write { offset, length }) => {
+                    prop_assert_eq!((kind, length), (VIRTIO_BLK_T_OUT, read - 16));
+                    prop_assert!(offset + u64::from(length) <= limits.size_bytes && length > 0 && !read_only);
+                }
+                Ok(Request::Flush) => prop_assert_eq!(kind, VIRTIO_BLK_T_FLUSH),
+                Ok(Request::GetId) => prop_assert_eq!(kind, VIRTIO_BLK_T_GET_ID),
+                Ok(Request::Done(status)) => prop_assert!(written > 0 && (status != Status::Ok || kind < 2)),
+            }
+        }
+    }
+
+    #[test]
+    fn only_whole_sectors_inside_the_image() {
+        let size = 8 * SECTOR_BYTES;
+        assert_eq!(range(0, 4096, size), Ok((0, 4096)));
+        assert_eq!(range(7, 512, size), Ok((3584, 512)));
+        assert_eq!(range(8, 0, size), Err(Status::Ok));
+        assert_eq!(range(9, 0, size), Err(Status::IoError));
+        assert_eq!(range(8, 512, size), Err(Status::IoError));
+        assert_eq!(range(7, 1024, size), Err(Status::IoError));
+        assert_eq!(range(0, 511, size), Err(Status::IoError));
+        assert_eq!(range(u64::MAX, 512, size), Err(Status::IoError));
+        assert_eq!(range(u64::MAX / 512, 512, u64::MAX), Err(Status::IoError));
+    }
+}
