@@ -1,0 +1,204 @@
+//! The virtio-net device (VirtIO 1.3 section 5.1): what a front-end sees of a port of a network.
+//!
+//! One receive and one transmit queue, and no control queue. Without a control queue a driver cannot ask for more
+//! queue pairs, so more than one is refused when the device is made.
+//!
+//! QEMU as the front-end answers the guest's reads of the configuration space itself, with the MAC address on its own
+//! command line. If that is not the one in the device's specification the guest is mute: its frames count as spoofed.
+
+use std::sync::Arc;
+use std::time::Instant;
+
+use offload_card::ring::{Ring, RingState};
+use offload_card::{Busy, Device, Identity};
+use proto::error::Error;
+use proto::v1::NetDeviceSpec;
+use virtio_bindings::virtio_ids::VIRTIO_ID_NET;
+use virtio_bindings::virtio_net::{
+    VIRTIO_NET_F_CSUM, VIRTIO_NET_F_GUEST_CSUM, VIRTIO_NET_F_GUEST_TSO4, VIRTIO_NET_F_GUEST_TSO6,
+    VIRTIO_NET_F_HOST_TSO4, VIRTIO_NET_F_HOST_TSO6, VIRTIO_NET_F_MAC, VIRTIO_NET_F_MRG_RXBUF,
+    VIRTIO_NET_F_MTU, VIRTIO_NET_F_STATUS, VIRTIO_NET_S_LINK_UP,
+};
+
+use crate::mac::MacAddr;
+use crate::network::Network;
+use crate::switch::PortId;
+
+/// Receive and transmit queue.
+const QUEUES: u16 = 2;
+/// `struct virtio_net_config` up to and including `mtu`.
+const CONFIG_SIZE: usize = 12;
+const DEFAULT_QUEUE_SIZE: u32 = 256;
+/// Smallest and largest MTU: IPv4 needs the one (RFC 791), a TCP super-frame's IP packet is no longer than 65535 bytes,
+/// of which 14 are kept for the Ethernet header as Linux does.
+pub const MTU_MIN: u32 = 68;
+/// See [`MTU_MIN`].
+pub const MTU_MAX: u32 = 65521;
+
+const FEATURES: u64 = 1 << VIRTIO_NET_F_MAC
+    | 1 << VIRTIO_NET_F_MTU
+    | 1 << VIRTIO_NET_F_STATUS
+    | 1 << VIRTIO_NET_F_MRG_RXBUF
+    | 1 << VIRTIO_NET_F_CSUM
+    | 1 << VIRTIO_NET_F_GUEST_CSUM
+    | 1 << VIRTIO_NET_F_HOST_TSO4
+    | 1 << VIRTIO_NET_F_HOST_TSO6
+    | 1 << VIRTIO_NET_F_GUEST_TSO4
+    | 1 << VIRTIO_NET_F_GUEST_TSO6;
+
+/// A device's specification, checked.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Settings {
+    /// Its address.
+    pub mac: MacAddr,
+    /// Largest L3 packet in bytes.
+    pub mtu: u16,
+    /// Largest ring.
+    pub queue_size: u16,
+}
+
+impl Settings {
+    /// Checks a specification for a device in a network with this MTU.
+    ///
+    /// # Errors
+    /// The field and what it may be.
+    pub fn check(spec: &NetDeviceSpec, network_mtu: u32) -> Result<Self, Error> {
+        let mac = MacAddr::try_from(spec.mac.as_slice()).map_err(|_| {
+            Error::invalid_field("net.mac", format!("a MAC address has 6 bytes, not {}", spec.mac.len()))
+        })?;
+        if !mac.is_unicast() {
+            let what = format!("{mac} is no address of an interface: it is a group address or zero");
+            return Err(Error::invalid_field("net.mac", what)
+                .remedy("choose a locally administered one, e.g. 52:54:00:12:34:56"));
+        }
+        let mtu = if spec.mtu == 0 { network_mtu } else { spec.mtu };
+        if !(MTU_MIN..=network_mtu).contains(&mtu) {
+            let what = format!("MTU {mtu} is not between {MTU_MIN} and the network's, {network_mtu}");
+            return Err(Error::invalid_field("net.mtu", what));
+        }
+        if spec.queue_pairs > 1 {
+            let what = format!("{} queue pairs: this version serves one per device", spec.queue_pairs);
+            return Err(Error::invalid_field("net.queue_pairs", what).remedy("leave queue_pairs 0 or 1"));
+        }
+        let queue_size = if spec.queue_size == 0 { DEFAULT_QUEUE_SIZE } else { spec.queue_size };
+        if !queue_size.is_power_of_two() || queue_size > u32::from(offload_card::ring::MAX_SIZE) {
+            let what = format!(
+                "queue size {queue_size} is not a power of two up to {}",
+                offload_card::ring::MAX_SIZE
+            );
+            return Err(Error::invalid_field("net.queue_size", what));
+        }
+        // Both fit: checked above.
+        Ok(Self { mac, mtu: mtu as u16, queue_size: queue_size as u16 })
+    }
+
+    /// What a device with these settings is.
+    pub fn identity(&self) -> Identity {
+        Identity {
+            virtio_id: VIRTIO_ID_NET,
+            features: FEATURES,
+            queues: QUEUES,
+            max_queue_size: self.queue_size,
+            config_size: CONFIG_SIZE as u32,
+        }
+    }
+
+    /// The configuration space (VirtIO 1.3 section 5.1.4).
+    fn config(&self) -> [u8; CONFIG_SIZE] {
+        let mut c = [0; CONFIG_SIZE];
+        c[..6].copy_from_slice(&self.mac.0);
+        c[6..8].copy_from_slice(&(VIRTIO_NET_S_LINK_UP as u16).to_le_bytes());
+        c[8..10].copy_from_slice(&1_u16.to_le_bytes());
+        c[10..12].copy_from_slice(&self.mtu.to_le_bytes());
+        c
+    }
+}
+
+/// A device in a network.
+#[derive(Debug)]
+pub struct NetDevice {
+    identity: Identity,
+    config: [u8; CONFIG_SIZE],
+    network: Arc<Network>,
+    port: PortId,
+}
+
+impl NetDevice {
+    /// Plugs a device into its network.
+    ///
+    /// # Errors
+    /// The MAC address is taken.
+    pub fn plug(settings: &Settings, network: Arc<Network>) -> Result<Self, Error> {
+        let port = network.plug(settings.mac)?;
+        Ok(Self { identity: settings.identity(), config: settings.config(), network, port })
+    }
+}
+
+impl Device for NetDevice {
+    fn identity(&self) -> &Identity {
+        &self.identity
+    }
+
+    fn read_config(&self, offset: u32, data: &mut [u8]) {
+        let from = self.config.get(offset as usize..).unwrap_or_default();
+        for (to, from) in data.iter_mut().zip(from) {
+            *to = *from;
+        }
+    }
+
+    /// Nothing in it is the driver's to write, except the MAC address for drivers older than VirtIO 1.0; and that the
+    /// control plane decides. As for read-only registers, a write has no effect.
+    fn write_config(&self, _offset: u32, _data: &[u8]) -> Result<(), Error> {
+        Ok(())
+    }
+
+    fn start_queue(&self, ring: Ring) -> Result<(), Error> {
+        self.network.start_queue(self.port, ring);
+        Ok(())
+    }
+
+    /// Nothing is ever in flight between two turns of the network's thread.
+    fn stop_queue(&self, index: u16, deadline: Instant) -> Result<RingState, Busy> {
+        let stopped = self.network.stop_queue(self.port, index, deadline);
+        stopped.flatten().ok_or(Busy { index, in_flight: 0 })
+    }
+
+    fn reset(&self) {}
+
+    fn close(&self) {
+        self.network.unplug(self.port);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn spec() -> NetDeviceSpec {
+        NetDeviceSpec { network: "n".to_owned(), mac: vec![0x52, 0x54, 0, 1, 2, 3], ..Default::default() }
+    }
+
+    #[test]
+    fn the_config_space_is_what_the_driver_needs() {
+        let s = Settings::check(&spec(), 1400).unwrap();
+        assert_eq!(s.config(), [0x52, 0x54, 0, 1, 2, 3, 1, 0, 1, 0, 0x78, 5]);
+        assert_eq!(s.queue_size, 256);
+    }
+
+    #[test]
+    fn impossible_specifications_are_refused() {
+        let with = |edit: fn(&mut NetDeviceSpec)| {
+            let mut s = spec();
+            edit(&mut s);
+            Settings::check(&s, 1500).unwrap_err().to_string()
+        };
+        assert!(with(|s| s.mac = vec![1, 2]).contains("6 bytes"));
+        assert!(with(|s| s.mac[0] = 1).contains("group address"));
+        assert!(with(|s| s.mac = vec![0; 6]).contains("zero"));
+        assert!(with(|s| s.mtu = 9000).contains("between 68 and the network's, 1500"));
+        assert!(with(|s| s.mtu = 60).contains("MTU 60"));
+        assert!(with(|s| s.queue_pairs = 2).contains("one per device"));
+        assert!(with(|s| s.queue_size = 300).contains("power of two"));
+        assert!(with(|s| s.queue_size = 65536).contains("power of two"));
+    }
+}

@@ -1,0 +1,30 @@
+//! The network card: virtio-net devices, the networks they are plugged into, and the networks' way to the host.
+//!
+//! ```text
+//!   device (front-end's connection) ──start_queue──► network's thread
+//!                                                      │  rings of all devices of the network, TAP
+//!      guest A ──ring──► tx: copy headers, check ──► switch ──► rx: into B's buffers ──ring──► guest B
+//!                                                      └──────► TAP ──► host
+//! ```
+//!
+//! - [`frame`]: one Ethernet frame, what its sender left to do (checksum, segmentation), and doing it in software;
+//! - [`switch`]: where a frame goes: the control plane's table, no learning, no spoofing;
+//! - [`network`]: a network's thread and its queues;
+//! - [`host`]: TAP interfaces;
+//! - [`device`]: the virtio-net device;
+//! - [`registry`], [`store`], [`service`]: the networks of a card, kept across its restarts, and the gRPC service.
+//!
+//! Guarantees. A frame is copied once, from the sender's buffers into the receiver's, headers excepted, which are copied
+//! before they are believed. A receiver that takes nothing loses its frames and delays nobody. What a device sends with a
+//! MAC address that is not its own is dropped. A malformed frame is dropped, a malformed ring is stopped; both are
+//! counted, and neither concerns another device.
+
+pub mod device;
+pub mod frame;
+pub mod host;
+pub mod mac;
+pub mod network;
+pub mod registry;
+pub mod service;
+pub mod store;
+pub mod switch;

@@ -1,0 +1,134 @@
+//! A network: one thread, and the handle that others have on it.
+
+pub mod backlog;
+pub mod rx;
+pub mod tx;
+pub mod uplink;
+mod worker;
+
+use std::sync::mpsc::{self, SyncSender};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use offload_card::poll::{Sender, mailbox};
+use offload_card::ring::{Ring, RingState};
+use proto::error::{Error, ErrorReason};
+use tonic::Code;
+
+use crate::mac::MacAddr;
+use crate::switch::PortId;
+use uplink::Uplink;
+use worker::{Task, Worker};
+
+/// Index of a device's receive queue (VirtIO 1.3 section 5.1.2).
+pub const RX: u16 = 0;
+/// Index of its transmit queue.
+pub const TX: u16 = 1;
+
+/// How long the network's thread may take to answer. It never waits for anything, so this is about a host that is
+/// out of breath.
+const PATIENCE: Duration = Duration::from_secs(10);
+
+/// A running network. Dropping it ends the thread; the TAP stays, for the next card process.
+#[derive(Debug)]
+pub struct Network {
+    /// `None` only while being dropped.
+    tasks: Option<Sender<Task>>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Network {
+    /// Starts the network's thread.
+    ///
+    /// # Errors
+    /// The host has no thread or file descriptor to give.
+    pub fn start(id: &str, mtu: u32, uplink: Uplink) -> Result<Self, Error> {
+        let failed = |e: std::io::Error| {
+            Error::new(Code::ResourceExhausted, ErrorReason::Host, format!("network {id} cannot start: {e}"))
+                .resource(id)
+                .remedy("raise the service's limits on tasks and open files")
+        };
+        let (tasks, receiver) = mailbox().map_err(failed)?;
+        let worker = Worker::new(id.to_owned(), mtu, receiver, uplink).map_err(failed)?;
+        // The kernel shows 15 characters.
+        let thread = std::thread::Builder::new()
+            .name(format!("net-{id}"))
+            .spawn(move || worker.run())
+            .map_err(failed)?;
+        Ok(Self { tasks: Some(tasks), thread: Some(thread) })
+    }
+
+    /// Plugs a device in.
+    ///
+    /// # Errors
+    /// The address is another device's.
+    pub fn plug(&self, mac: MacAddr) -> Result<PortId, Error> {
+        let deadline = Instant::now() + PATIENCE;
+        match self.ask(|reply| Task::Plug(mac, reply), deadline) {
+            Some(Some(id)) => Ok(id),
+            Some(None) => Err(mac_taken(mac)),
+            None => Err(no_answer()),
+        }
+    }
+
+    /// Unplugs a device whose queues have been stopped.
+    pub fn unplug(&self, port: PortId) {
+        self.tell(Task::Unplug(port));
+    }
+
+    /// Gives a queue of a device to the network's thread.
+    pub fn start_queue(&self, port: PortId, ring: Ring) {
+        self.tell(Task::Start(port, Box::new(ring)));
+    }
+
+    /// Takes it back. `None`: no answer before `deadline`. The inner `None`: it was not started.
+    pub fn stop_queue(&self, port: PortId, index: u16, deadline: Instant) -> Option<Option<RingState>> {
+        self.ask(|reply| Task::Stop(port, index, reply), deadline)
+    }
+
+    /// Deletes the network's TAP.
+    ///
+    /// # Errors
+    /// What the kernel refuses.
+    pub fn remove_uplink(&self) -> Result<(), Error> {
+        self.ask(Task::RemoveUplink, Instant::now() + PATIENCE).unwrap_or_else(|| Err(no_answer()))
+    }
+
+    fn tell(&self, task: Task) {
+        // It fails only when the thread has ended, and that it does only when this handle is dropped.
+        if let Some(tasks) = &self.tasks {
+            let _ = tasks.send(task);
+        }
+    }
+
+    fn ask<T>(&self, task: impl FnOnce(SyncSender<T>) -> Task, deadline: Instant) -> Option<T> {
+        let (reply, answer) = mpsc::sync_channel(1);
+        self.tell(task(reply));
+        answer.recv_timeout(deadline.saturating_duration_since(Instant::now())).ok()
+    }
+}
+
+impl Drop for Network {
+    fn drop(&mut self) {
+        self.tasks = None;
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+    }
+}
+
+/// Two devices cannot have one address.
+pub(crate) fn mac_taken(mac: MacAddr) -> Error {
+    Error::new(
+        Code::AlreadyExists,
+        ErrorReason::DeviceExists,
+        format!("another device in the network has the MAC address {mac}"),
+    )
+    .resource(mac.to_string())
+    .remedy("choose another MAC address")
+}
+
+fn no_answer() -> Error {
+    Error::new(Code::DeadlineExceeded, ErrorReason::Internal, "the network's thread does not answer")
+        .remedy("try again; if it stays so, restart the network card")
+}

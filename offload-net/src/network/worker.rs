@@ -1,0 +1,401 @@
+//! A network's thread: owns every ring of every device in the network, and the TAP.
+//!
+//! One thread means that a frame goes from the sender's ring straight into the receiver's, and no lock exists that
+//! a stalled device could hold. A turn takes at most [`BUDGET`] frames or [`BUDGET_BYTES`] from each source, so that a
+//! flood from one leaves the others their share.
+
+use std::collections::VecDeque;
+use std::io::ErrorKind;
+use std::sync::mpsc::SyncSender;
+
+use offload_card::poll::{Order, Poller, Receiver};
+use offload_card::ring::{Ring, RingError, RingState};
+use proto::error::Error;
+use vm_memory::VolatileSlice;
+
+use super::rx::RxQueue;
+use super::tx::{self, TxHead, TxQueue};
+use super::uplink::Uplink;
+use super::{RX, TX};
+use crate::frame::header::{LEN, VnetHeader};
+use crate::frame::offload::{self, Allowed};
+use crate::frame::{Bytes, FRAME_MAX, Frame, HEAD_MAX, Memory};
+use crate::mac::MacAddr;
+use crate::switch::{DropReason, Egress, Ingress, PortId, Switch};
+
+/// Frames taken from one source before the next has its turn.
+const BUDGET: usize = 64;
+/// And bytes: receivers are told at the end of a turn, and are to work on what they got while we go on.
+const BUDGET_BYTES: usize = 256 << 10;
+
+const ORDERS: u64 = 0;
+const UPLINK: u64 = 1;
+const FIRST_PORT: u64 = 2;
+
+/// What the network's thread is asked to do.
+#[derive(Debug)]
+pub(super) enum Task {
+    /// Plug in a device that speaks as this address; `None`: the address is taken.
+    Plug(MacAddr, SyncSender<Option<PortId>>),
+    /// Unplug it. Its queues have been stopped.
+    Unplug(PortId),
+    /// A queue of a device starts.
+    Start(PortId, Box<Ring>),
+    /// A queue of a device stops, if it was started.
+    Stop(PortId, u16, SyncSender<Option<RingState>>),
+    /// Delete the uplink: the network is about to go.
+    RemoveUplink(SyncSender<Result<(), Error>>),
+}
+
+/// A device in the network.
+struct Port {
+    mac: MacAddr,
+    rx: Option<RxQueue>,
+    tx: Option<TxQueue>,
+}
+
+/// The thread's state.
+pub(super) struct Worker {
+    name: String,
+    mtu: usize,
+    tasks: Receiver<Task>,
+    poller: Poller,
+    uplink: Uplink,
+    switch: Switch,
+    ports: Vec<Option<Port>>,
+    /// Ports whose transmit queue is to be looked at.
+    active: VecDeque<PortId>,
+    /// Ports with frames delivered and not yet shown to the guest.
+    dirty: Vec<PortId>,
+    /// Where a frame from the host is read into.
+    from_host: Vec<u8>,
+}
+
+impl Worker {
+    /// A network without devices.
+    ///
+    /// # Errors
+    /// No file descriptor to be had.
+    pub(super) fn new(
+        name: String,
+        mtu: u32,
+        tasks: Receiver<Task>,
+        uplink: Uplink,
+    ) -> std::io::Result<Self> {
+        let poller = Poller::new()?;
+        poller.add_edge(tasks.event(), ORDERS)?;
+        let mut worker = Self {
+            name,
+            mtu: mtu as usize,
+            tasks,
+            poller,
+            uplink,
+            switch: Switch::default(),
+            ports: Vec::new(),
+            active: VecDeque::new(),
+            dirty: Vec::new(),
+            from_host: vec![0; LEN + FRAME_MAX],
+        };
+        worker.uplink.watch(&worker.poller, UPLINK);
+        Ok(worker)
+    }
+
+    /// Runs until nobody can send tasks any more.
+    pub(super) fn run(mut self) {
+        let mut tokens = Vec::new();
+        loop {
+            let timeout =
+                if self.active.is_empty() { self.uplink.retry_in() } else { Some(std::time::Duration::ZERO) };
+            match self.poller.wait(timeout) {
+                Ok(reported) => tokens.extend(reported),
+                Err(e) => {
+                    // Without waiting no network works; a new process may.
+                    tracing::error!(network = self.name, "cannot wait for events: {e}");
+                    std::process::exit(1);
+                }
+            }
+            let mut from_host = false;
+            for token in tokens.drain(..) {
+                match token {
+                    ORDERS if !self.take_tasks() => return,
+                    ORDERS => {}
+                    UPLINK => from_host = true,
+                    queue => self.kicked(queue),
+                }
+            }
+            self.uplink.retry(&self.poller, UPLINK);
+            if from_host {
+                self.receive();
+            }
+            for _ in 0..self.active.len() {
+                let Some(id) = self.active.pop_front() else { break };
+                if self.transmit(id) {
+                    self.active.push_back(id);
+                }
+            }
+            self.publish();
+        }
+    }
+
+    /// False: there will be no more tasks.
+    fn take_tasks(&mut self) -> bool {
+        loop {
+            match self.tasks.take() {
+                Order::Some(task) => self.perform(task),
+                Order::None => return true,
+                Order::Closed => return false,
+            }
+        }
+    }
+
+    /// Whoever asked and has stopped waiting for the answer does not need it.
+    fn perform(&mut self, task: Task) {
+        match task {
+            Task::Plug(mac, reply) => {
+                let _ = reply.send(self.plug(mac));
+            }
+            Task::Unplug(id) => {
+                if let Some(port) = self.ports.get_mut(id.0).and_then(Option::take) {
+                    self.switch.remove(port.mac);
+                    self.forget(id);
+                }
+            }
+            Task::Start(id, ring) => self.start(id, *ring),
+            Task::Stop(id, index, reply) => {
+                let _ = reply.send(self.stop(id, index));
+            }
+            Task::RemoveUplink(reply) => {
+                let uplink = std::mem::replace(&mut self.uplink, Uplink::None);
+                let _ = reply.send(match &uplink {
+                    Uplink::Up(_, tap) => tap.remove(),
+                    Uplink::None | Uplink::Down(..) => Ok(()),
+                });
+            }
+        }
+    }
+
+    fn plug(&mut self, mac: MacAddr) -> Option<PortId> {
+        let free = self.ports.iter().position(Option::is_none).unwrap_or(self.ports.len());
+        let id = PortId(free);
+        if !self.switch.insert(mac, id) {
+            return None;
+        }
+        let port = Some(Port { mac, rx: None, tx: None });
+        match self.ports.get_mut(free) {
+            Some(slot) => *slot = port,
+            None => self.ports.push(port),
+        }
+        Some(id)
+    }
+
+    fn start(&mut self, id: PortId, mut ring: Ring) {
+        let Some(port) = self.ports.get_mut(id.0).and_then(Option::as_mut) else { return };
+        let token = token(id, ring.index());
+        let watched = self.poller.add_edge(ring.kick(), token);
+        if let Err(e) = watched {
+            // It is kept all the same, so that it can be given back.
+            ring.fail(&RingError::Request(format!("the host cannot wait for its kicks: {e}")));
+        }
+        match ring.index() {
+            RX => port.rx = Some(RxQueue::new(ring)),
+            TX => {
+                port.tx = Some(TxQueue::new(ring));
+                self.active.push_back(id);
+            }
+            other => tracing::error!(queue = other, "a queue that network devices do not have"),
+        }
+    }
+
+    fn stop(&mut self, id: PortId, index: u16) -> Option<RingState> {
+        let port = self.ports.get_mut(id.0)?.as_mut()?;
+        // A kick that is not watched (see `start`) need not be removed; and if one stays, it finds no queue.
+        if index == RX {
+            let queue = port.rx.take()?;
+            let _ = self.poller.remove(queue.kick());
+            return Some(queue.stop());
+        }
+        let queue = port.tx.take()?;
+        let _ = self.poller.remove(queue.ring.kick());
+        self.active.retain(|a| *a != id);
+        Some(queue.stop())
+    }
+
+    fn forget(&mut self, id: PortId) {
+        self.active.retain(|a| *a != id);
+        self.dirty.retain(|d| *d != id);
+    }
+
+    fn kicked(&mut self, token: u64) {
+        let id = PortId(((token - FIRST_PORT) / 2) as usize);
+        if (token - FIRST_PORT) % 2 == u64::from(RX) {
+            self.with_rx(id, RxQueue::kicked);
+            return;
+        }
+        let Some(queue) = tx_of(&mut self.ports, id) else { return };
+        queue.ring.counters().kicks.add(1);
+        if !queue.active {
+            queue.active = true;
+            queue.ring.disable_kicks();
+            self.active.push_back(id);
+        }
+    }
+
+    /// Forwards frames that a device sends. True: there may be more.
+    fn transmit(&mut self, id: PortId) -> bool {
+        let Some(mac) = self.ports.get(id.0).and_then(Option::as_ref).map(|p| p.mac) else { return false };
+        let Some(queue) = tx_of(&mut self.ports, id) else { return false };
+        let allowed = queue.allowed;
+        let mut chain = std::mem::take(&mut queue.chain);
+        let mut buf: TxHead = [0; LEN + HEAD_MAX];
+        let mut more = true;
+        let mut bytes = 0;
+        for _ in 0..BUDGET {
+            if bytes > BUDGET_BYTES {
+                break;
+            }
+            let Some(queue) = tx_of(&mut self.ports, id) else { return false };
+            match queue.ring.pop(&mut chain) {
+                Ok(true) => {}
+                Ok(false) if queue.ring.enable_kicks() => {
+                    queue.ring.disable_kicks();
+                    continue;
+                }
+                Ok(false) => more = false,
+                Err(e) => {
+                    tracing::warn!(network = self.name, device = %mac, "transmit queue broken: {e}");
+                    more = false;
+                }
+            }
+            if !more {
+                break;
+            }
+            let outcome = match tx::parse(&chain, &mut buf, allowed, self.mtu) {
+                Ok(frame) => self.forward(&frame, Ingress::Port(id, mac)).map(|()| frame.bytes()),
+                Err(_) => Err(true),
+            };
+            bytes += chain.readable_len() as usize;
+            let Some(queue) = tx_of(&mut self.ports, id) else { return false };
+            let counters = queue.ring.counters();
+            match outcome {
+                Ok(bytes) => counters.bytes_out.add(bytes as u64),
+                Err(senders_fault) => {
+                    counters.dropped.add(1);
+                    counters.errors.add(u64::from(senders_fault));
+                }
+            }
+            queue.ring.push(chain.head(), 0);
+        }
+        if let Some(queue) = tx_of(&mut self.ports, id) {
+            queue.ring.publish();
+            queue.chain = chain;
+            queue.active = more;
+        }
+        more
+    }
+
+    /// Forwards frames from the host.
+    fn receive(&mut self) {
+        let mut buf = std::mem::take(&mut self.from_host);
+        let mut bytes = 0;
+        for _ in 0..BUDGET {
+            if bytes > BUDGET_BYTES {
+                break;
+            }
+            let Uplink::Up(_, tap) = &self.uplink else { break };
+            let n = match tap.read(&mut buf) {
+                Ok(n) => n,
+                Err(e) if e.kind() == ErrorKind::WouldBlock => break,
+                Err(e) => {
+                    self.uplink.lost(&self.poller, &e);
+                    break;
+                }
+            };
+            let Some((header, frame)) = buf.get_mut(..n).and_then(<[u8]>::split_first_chunk_mut) else {
+                continue;
+            };
+            let header = VnetHeader::from_bytes(header);
+            let len = frame.len();
+            bytes += len;
+            let (head, tail) = frame.split_at_mut(len.min(HEAD_MAX));
+            // What the kernel gives us is well-formed, but nothing later would bear it if it were not.
+            let Ok(offloads) = offload::check(&header, head, len, self.mtu, Allowed::HOST) else { continue };
+            let tail_bytes = Bytes { start: 0, len: tail.len() };
+            let tail = [VolatileSlice::from(tail)];
+            // A frame that goes nowhere is the host's to count: it has no queue here.
+            let _ = self
+                .forward(&Frame { head, tail: Memory::Host(&tail), tail_bytes, offloads }, Ingress::Uplink);
+        }
+        self.from_host = buf;
+    }
+
+    /// Sends a frame where it goes. `Err`: it went nowhere; true if the sender is to blame.
+    fn forward(&mut self, frame: &Frame<'_>, from: Ingress) -> Result<(), bool> {
+        match self.switch.forward(frame, from) {
+            Egress::Port(to) => {
+                self.deliver(frame, to);
+                Ok(())
+            }
+            Egress::Uplink => self.send_up(frame),
+            Egress::All => {
+                let sender = match from {
+                    Ingress::Port(id, _) => Some(id),
+                    Ingress::Uplink => None,
+                };
+                for id in (0..self.ports.len()).map(PortId).filter(|id| Some(*id) != sender) {
+                    self.deliver(frame, id);
+                }
+                // That the host did not take its copy is no loss to the others.
+                let _ = if sender.is_some() { self.send_up(frame) } else { Ok(()) };
+                Ok(())
+            }
+            Egress::Drop(reason) => Err(reason == DropReason::Spoofed),
+        }
+    }
+
+    /// To a device. A device without a running queue is like a cable with nobody at its end.
+    fn deliver(&mut self, frame: &Frame<'_>, to: PortId) {
+        self.with_rx(to, |queue| queue.deliver(frame));
+    }
+
+    fn with_rx(&mut self, id: PortId, f: impl FnOnce(&mut RxQueue)) {
+        let port = self.ports.get_mut(id.0).and_then(Option::as_mut);
+        let Some(queue) = port.and_then(|p| p.rx.as_mut()) else { return };
+        let was_listed = queue.needs_attention();
+        f(queue);
+        if !was_listed && queue.needs_attention() {
+            self.dirty.push(id);
+        }
+    }
+
+    /// To the host.
+    fn send_up(&mut self, frame: &Frame<'_>) -> Result<(), bool> {
+        let Uplink::Up(_, tap) = &self.uplink else { return Err(false) };
+        match tap.send(frame) {
+            Ok(()) => Ok(()),
+            Err(e) if e.raw_os_error() == Some(libc::EBADFD) => {
+                self.uplink.lost(&self.poller, &e);
+                Err(false)
+            }
+            Err(_) => Err(false),
+        }
+    }
+
+    /// Shows guests what they have received in this turn: one interrupt each, at most.
+    fn publish(&mut self) {
+        while let Some(id) = self.dirty.pop() {
+            if let Some(queue) = self.ports.get_mut(id.0).and_then(Option::as_mut).and_then(|p| p.rx.as_mut())
+            {
+                queue.settle();
+            }
+        }
+    }
+}
+
+/// What the poller reports for a queue of a port.
+fn token(id: PortId, queue: u16) -> u64 {
+    FIRST_PORT + 2 * id.0 as u64 + u64::from(queue)
+}
+
+fn tx_of(ports: &mut [Option<Port>], id: PortId) -> Option<&mut TxQueue> {
+    ports.get_mut(id.0)?.as_mut()?.tx.as_mut()
+}

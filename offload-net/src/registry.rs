@@ -1,0 +1,377 @@
+//! The networks of a card, kept in its runtime directory so that a card that was killed comes back with them.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Instant;
+
+use offload_card::{ConfigNotifier, Device, DeviceFactory, Identity};
+use proto::error::{Error, ErrorReason};
+use proto::v1::device_spec::Kind;
+use proto::v1::{DeviceSpec, NetDeviceSpec, NetworkSpec};
+use tonic::Code;
+
+use crate::device::{MTU_MAX, MTU_MIN, NetDevice, Settings};
+use crate::host::tap;
+use crate::mac::MacAddr;
+use crate::network::uplink::{Uplink, UplinkSpec};
+use crate::network::{Network, mac_taken};
+use crate::store::Store;
+
+const DEFAULT_MTU: u32 = 1500;
+const ID_MAX: usize = 32;
+
+/// All networks of this card. Cheap to clone.
+#[derive(Debug, Clone)]
+pub struct Networks(Arc<Inner>);
+
+#[derive(Debug)]
+struct Inner {
+    store: Store,
+    /// Held while a network is made or deleted: rare, and never by a data thread.
+    networks: Mutex<BTreeMap<String, Entry>>,
+}
+
+#[derive(Debug)]
+struct Entry {
+    spec: NetworkSpec,
+    network: Arc<Network>,
+    /// By id.
+    devices: BTreeMap<String, MacAddr>,
+}
+
+/// A network's specification, checked.
+struct Checked {
+    mtu: u32,
+    uplink: Option<UplinkSpec>,
+}
+
+impl Networks {
+    /// Takes up the networks that a predecessor left in `directory` (made if need be). A network whose TAP cannot be
+    /// had now comes back without, and gets it as soon as that is possible.
+    ///
+    /// # Errors
+    /// The directory cannot be made or read.
+    pub fn open(directory: PathBuf) -> Result<Self, Error> {
+        let store = Store::open(directory)?;
+        let mut networks = BTreeMap::new();
+        for spec in store.load()? {
+            match restart(&spec) {
+                Ok(network) => {
+                    tracing::info!(network = spec.id, "network is back");
+                    let entry =
+                        Entry { spec: spec.clone(), network: Arc::new(network), devices: BTreeMap::new() };
+                    networks.insert(spec.id, entry);
+                }
+                Err(e) => tracing::error!(network = spec.id, "network cannot be made again: {e}"),
+            }
+        }
+        Ok(Self(Arc::new(Inner { store, networks: Mutex::new(networks) })))
+    }
+
+    /// Makes a network; the same one a second time is fine. Answers with the devices in it.
+    ///
+    /// # Errors
+    /// A bad specification, another network of that id, or what the host refuses; nothing is left behind.
+    pub fn create(&self, spec: &NetworkSpec, validate_only: bool) -> Result<Vec<String>, Error> {
+        let checked = check(spec)?;
+        let mut networks = self.lock();
+        if let Some(existing) = networks.get(&spec.id) {
+            if existing.spec == *spec {
+                return Ok(existing.devices.keys().cloned().collect());
+            }
+            return Err(Error::new(
+                Code::AlreadyExists,
+                ErrorReason::NetworkExists,
+                format!("network {} exists with another specification", spec.id),
+            )
+            .resource(&spec.id)
+            .remedy("choose another id, or delete the network first"));
+        }
+        if let Some(other) = networks.values().find(|n| !spec.tap.is_empty() && n.spec.tap == spec.tap) {
+            let what = format!("interface {} is the uplink of network {}", spec.tap, other.spec.id);
+            return Err(Error::invalid_field("tap", what).resource(&spec.tap).remedy("choose another name"));
+        }
+        if validate_only {
+            return Ok(Vec::new());
+        }
+        // Written first: a card killed from here on makes the TAP again, and DeleteNetwork finds it.
+        self.0.store.save(spec)?;
+        match start(&spec.id, checked) {
+            Ok(network) => {
+                let entry =
+                    Entry { spec: spec.clone(), network: Arc::new(network), devices: BTreeMap::new() };
+                networks.insert(spec.id.clone(), entry);
+                tracing::info!(network = spec.id, tap = spec.tap, "network created");
+                Ok(Vec::new())
+            }
+            Err(e) => {
+                self.0.store.remove(&spec.id)?;
+                Err(e)
+            }
+        }
+    }
+
+    /// Deletes a network and its TAP.
+    ///
+    /// # Errors
+    /// No such network, or devices are in it.
+    pub fn delete(&self, id: &str) -> Result<(), Error> {
+        let mut networks = self.lock();
+        let entry = networks.get(id).ok_or_else(|| not_found(id))?;
+        if !entry.devices.is_empty() {
+            let devices: Vec<&str> = entry.devices.keys().map(String::as_str).collect();
+            return Err(Error::new(
+                Code::FailedPrecondition,
+                ErrorReason::NetworkInUse,
+                format!("network {id} has devices: {}", devices.join(", ")),
+            )
+            .resource(id)
+            .remedy("delete the virtual machines that use it first"));
+        }
+        entry.network.remove_uplink()?;
+        self.0.store.remove(id)?;
+        networks.remove(id);
+        tracing::info!(network = id, "network deleted");
+        Ok(())
+    }
+
+    /// All networks by id, each with the devices in it.
+    pub fn list(&self) -> Vec<(NetworkSpec, Vec<String>)> {
+        self.lock().values().map(|n| (n.spec.clone(), n.devices.keys().cloned().collect())).collect()
+    }
+
+    fn lock(&self) -> MutexGuard<'_, BTreeMap<String, Entry>> {
+        self.0.networks.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl DeviceFactory for Networks {
+    fn validate(&self, spec: &DeviceSpec) -> Result<Identity, Error> {
+        let net = net_spec(spec)?;
+        let networks = self.lock();
+        let entry = networks.get(&net.network).ok_or_else(|| not_found(&net.network))?;
+        let settings = Settings::check(net, mtu_of(&entry.spec))?;
+        match entry.devices.iter().find(|(id, mac)| **id != spec.id && **mac == settings.mac) {
+            Some(_) => Err(mac_taken(settings.mac)),
+            None => Ok(settings.identity()),
+        }
+    }
+
+    fn create(&self, spec: &DeviceSpec, _notifier: ConfigNotifier) -> Result<Arc<dyn Device>, Error> {
+        let net = net_spec(spec)?;
+        let mut networks = self.lock();
+        let entry = networks.get_mut(&net.network).ok_or_else(|| not_found(&net.network))?;
+        let settings = Settings::check(net, mtu_of(&entry.spec))?;
+        let device = NetDevice::plug(&settings, entry.network.clone())?;
+        entry.devices.insert(spec.id.clone(), settings.mac);
+        let member = Member { networks: self.clone(), network: net.network.clone(), id: spec.id.clone() };
+        Ok(Arc::new(Plugged { device, member }))
+    }
+}
+
+/// A device together with its place in the list of its network's devices.
+struct Plugged {
+    device: NetDevice,
+    member: Member,
+}
+
+struct Member {
+    networks: Networks,
+    network: String,
+    id: String,
+}
+
+impl Device for Plugged {
+    fn identity(&self) -> &Identity {
+        self.device.identity()
+    }
+
+    fn read_config(&self, offset: u32, data: &mut [u8]) {
+        self.device.read_config(offset, data);
+    }
+
+    fn write_config(&self, offset: u32, data: &[u8]) -> Result<(), Error> {
+        self.device.write_config(offset, data)
+    }
+
+    fn start_queue(&self, ring: offload_card::Ring) -> Result<(), Error> {
+        self.device.start_queue(ring)
+    }
+
+    fn stop_queue(
+        &self,
+        index: u16,
+        deadline: Instant,
+    ) -> Result<offload_card::RingState, offload_card::Busy> {
+        self.device.stop_queue(index, deadline)
+    }
+
+    fn reset(&self) {
+        self.device.reset();
+    }
+
+    fn close(&self) {
+        self.device.close();
+        if let Some(entry) = self.member.networks.lock().get_mut(&self.member.network) {
+            entry.devices.remove(&self.member.id);
+        }
+    }
+}
+
+fn net_spec(spec: &DeviceSpec) -> Result<&NetDeviceSpec, Error> {
+    match &spec.kind {
+        Some(Kind::Net(net)) => Ok(net),
+        _ => Err(Error::invalid_field("kind", "this is a network card: it makes network devices only")
+            .remedy("send the request to a storage card")),
+    }
+}
+
+fn mtu_of(spec: &NetworkSpec) -> u32 {
+    if spec.mtu == 0 { DEFAULT_MTU } else { spec.mtu }
+}
+
+fn check(spec: &NetworkSpec) -> Result<Checked, Error> {
+    let plain = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '-';
+    if spec.id.is_empty() || spec.id.len() > ID_MAX || !spec.id.chars().all(plain) {
+        let what = format!("network id {:?} is not 1 to {ID_MAX} characters of a-z, 0-9 and '-'", spec.id);
+        return Err(Error::invalid_field("id", what));
+    }
+    let mtu = mtu_of(spec);
+    if !(MTU_MIN..=MTU_MAX).contains(&mtu) {
+        return Err(Error::invalid_field("mtu", format!("MTU {mtu} is not between {MTU_MIN} and {MTU_MAX}")));
+    }
+    let parse = |a: &String| a.parse().map_err(|e| Error::invalid_field("host_addresses", e));
+    let addresses = spec.host_addresses.iter().map(parse).collect::<Result<Vec<_>, _>>()?;
+    if spec.tap.is_empty() {
+        if !addresses.is_empty() {
+            return Err(Error::invalid_field(
+                "host_addresses",
+                "a network without a TAP has no host addresses",
+            )
+            .remedy("name a TAP, or leave the addresses out"));
+        }
+        return Ok(Checked { mtu, uplink: None });
+    }
+    tap::check_name(&spec.tap).map_err(|e| Error::invalid_field("tap", e))?;
+    Ok(Checked { mtu, uplink: Some(UplinkSpec { tap: spec.tap.clone(), mtu, addresses }) })
+}
+
+/// A new network: the TAP must be there, or there is no network.
+fn start(id: &str, checked: Checked) -> Result<Network, Error> {
+    let uplink = match checked.uplink {
+        Some(spec) => {
+            let tap = spec.open()?;
+            Uplink::Up(spec, tap)
+        }
+        None => Uplink::None,
+    };
+    Network::start(id, checked.mtu, uplink)
+}
+
+/// A network from before: it is there, with or without the TAP.
+fn restart(spec: &NetworkSpec) -> Result<Network, Error> {
+    let checked = check(spec)?;
+    let uplink = match checked.uplink {
+        Some(spec) => match spec.open() {
+            Ok(tap) => Uplink::Up(spec, tap),
+            Err(e) => {
+                tracing::error!("{e}; the network is there without its uplink, which is tried again");
+                Uplink::Down(spec, Instant::now())
+            }
+        },
+        None => Uplink::None,
+    };
+    Network::start(&spec.id, checked.mtu, uplink)
+}
+
+fn not_found(id: &str) -> Error {
+    Error::new(Code::NotFound, ErrorReason::NetworkNotFound, format!("this card has no network {id:?}"))
+        .resource(id)
+        .remedy("create the network first; ListNetworks shows those there are")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn spec(id: &str) -> NetworkSpec {
+        NetworkSpec { id: id.to_owned(), ..Default::default() }
+    }
+
+    fn device(id: &str, network: &str, last: u8) -> DeviceSpec {
+        let net = NetDeviceSpec {
+            network: network.to_owned(),
+            mac: vec![2, 0, 0, 0, 0, last],
+            ..Default::default()
+        };
+        DeviceSpec { id: id.to_owned(), kind: Some(Kind::Net(net)) }
+    }
+
+    #[test]
+    fn networks_are_made_once_kept_and_deleted_when_empty() {
+        let dir = tempfile::tempdir().unwrap();
+        let networks = Networks::open(dir.path().join("networks")).unwrap();
+        networks.create(&spec("a"), false).unwrap();
+        networks.create(&spec("a"), false).unwrap();
+        networks.create(&spec("b"), true).unwrap();
+        let other = NetworkSpec { mtu: 9000, ..spec("a") };
+        assert_eq!(networks.create(&other, false).unwrap_err().reason(), ErrorReason::NetworkExists);
+
+        let d =
+            DeviceFactory::create(&networks, &device("vm-net0", "a", 1), ConfigNotifier::default()).unwrap();
+        assert!(networks.validate(&device("vm-net0", "a", 1)).is_ok());
+        assert_eq!(networks.validate(&device("x", "a", 1)).unwrap_err().reason(), ErrorReason::DeviceExists);
+        let same_mac = DeviceFactory::create(&networks, &device("x", "a", 1), ConfigNotifier::default());
+        assert_eq!(same_mac.err().unwrap().reason(), ErrorReason::DeviceExists);
+        assert_eq!(networks.list(), [(spec("a"), vec!["vm-net0".to_owned()])]);
+        assert_eq!(networks.delete("a").unwrap_err().reason(), ErrorReason::NetworkInUse);
+
+        // What a card finds that comes after this one.
+        let again = Networks::open(dir.path().join("networks")).unwrap();
+        assert_eq!(again.list(), [(spec("a"), vec![])]);
+
+        d.close();
+        networks.delete("a").unwrap();
+        assert_eq!(networks.delete("a").unwrap_err().reason(), ErrorReason::NetworkNotFound);
+        assert!(Networks::open(dir.path().join("networks")).unwrap().list().is_empty());
+    }
+
+    #[test]
+    fn bad_specifications_leave_nothing_behind() {
+        let dir = tempfile::tempdir().unwrap();
+        let networks = Networks::open(dir.path().join("networks")).unwrap();
+        let tap = |tap: &str, a: &[&str]| NetworkSpec {
+            tap: tap.to_owned(),
+            host_addresses: a.iter().map(|a| (*a).to_owned()).collect(),
+            ..spec("a")
+        };
+        let bad = [
+            spec(""),
+            spec("A"),
+            spec("../a"),
+            spec(&"a".repeat(33)),
+            NetworkSpec { mtu: 67, ..spec("a") },
+            NetworkSpec { mtu: 65522, ..spec("a") },
+            tap("sixteen-chars-xx", &[]),
+            tap("", &["10.0.0.1/24"]),
+            tap("ob0", &["10.0.0.1"]),
+            // A name that is taken by an interface that is no TAP.
+            tap("lo", &[]),
+        ];
+        for spec in bad {
+            assert!(networks.create(&spec, false).is_err(), "{spec:?}");
+        }
+        assert!(networks.list().is_empty());
+        assert!(Networks::open(dir.path().join("networks")).unwrap().list().is_empty());
+    }
+
+    #[test]
+    fn devices_need_a_network() {
+        let dir = tempfile::tempdir().unwrap();
+        let networks = Networks::open(dir.path().join("networks")).unwrap();
+        let e = networks.validate(&device("d", "nowhere", 1)).unwrap_err();
+        assert_eq!(e.reason(), ErrorReason::NetworkNotFound);
+        assert!(networks.validate(&DeviceSpec { id: "d".to_owned(), kind: None }).is_err());
+    }
+}
