@@ -1,0 +1,274 @@
+//! The command line.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use clap::builder::PossibleValue;
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use clap_complete::Shell;
+
+use super::options::{DiskOption, NicOption, Size};
+
+/// Creates and manages Outboard VMs.
+#[derive(Debug, Parser)]
+#[command(name = "outboard", version = crate::VERSION, after_help = AFTER, propagate_version = true)]
+pub(crate) struct Cli {
+    /// The controller's API socket
+    #[arg(
+        long,
+        global = true,
+        help_heading = GLOBAL,
+        env = "OUTBOARD_SOCKET",
+        value_name = "SOCKET",
+        default_value = "/run/outboard/api.sock"
+    )]
+    pub socket: PathBuf,
+    /// How to print: tables for people, json for programs (one document; events: one object per line)
+    #[arg(long, short, global = true, help_heading = GLOBAL, value_enum, default_value_t = Output::Table)]
+    pub output: Output,
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+const AFTER: &str = "\
+Exit status:
+  0  done
+  1  the operation failed
+  2  the command line is wrong
+  3  there is no such VM or network
+  4  the controller cannot be reached
+
+Examples:
+  outboard network create default --tap ob0 --address 10.88.0.1/24
+  outboard vm create web --kernel /boot/vmlinuz --initramfs /boot/initrd.img \\
+      --disk /srv/web.img --nic default
+  outboard vm ls
+  outboard vm console web";
+
+/// Heading of the options that every command has.
+const GLOBAL: &str = "Global options";
+
+/// How to print.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Output {
+    /// For people.
+    Table,
+    /// For programs.
+    Json,
+}
+
+// By hand: with their comments as help, the two values would take half of every help page.
+impl ValueEnum for Output {
+    fn value_variants<'a>() -> &'a [Self] {
+        &[Self::Table, Self::Json]
+    }
+
+    fn to_possible_value(&self) -> Option<PossibleValue> {
+        Some(PossibleValue::new(match self {
+            Self::Table => "table",
+            Self::Json => "json",
+        }))
+    }
+}
+
+/// The commands.
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    /// Virtual machines
+    #[command(subcommand)]
+    Vm(VmCommand),
+    /// Networks that VMs are plugged into
+    #[command(subcommand)]
+    Network(NetworkCommand),
+    /// Cards: the processes that serve disks and networks
+    #[command(subcommand)]
+    Card(CardCommand),
+    /// Print a completion script for a shell
+    #[command(after_help = "Example:\n  outboard completion bash > /etc/bash_completion.d/outboard")]
+    Completion {
+        /// The shell
+        shell: Shell,
+    },
+}
+
+/// `outboard vm ...`
+#[derive(Debug, Subcommand)]
+pub(crate) enum VmCommand {
+    /// Create a VM and start it
+    Create(Box<Create>),
+    /// List the VMs
+    #[command(visible_alias = "list")]
+    Ls,
+    /// Show a VM: what it is made of, its state, its devices' links
+    Show(Name),
+    /// Start a stopped VM
+    Start(Name),
+    /// Stop a VM: press its power button, wait, then end it
+    #[command(
+        after_help = "Examples:\n  outboard vm stop web\n  outboard vm stop web --timeout 5m\n  outboard vm stop web --force"
+    )]
+    Stop {
+        #[command(flatten)]
+        vm: Name,
+        /// How long the guest may take before it is ended, like 90s or 5m
+        #[arg(long, value_name = "TIME", default_value = "60s", value_parser = humantime::parse_duration)]
+        timeout: Duration,
+        /// Do not ask the guest: end it at once, as pulling the plug would
+        #[arg(long, short)]
+        force: bool,
+    },
+    /// Reset a running VM, as its reset button would
+    Reboot(Name),
+    /// Remove a VM; its disk images stay
+    #[command(visible_alias = "remove")]
+    Rm {
+        #[command(flatten)]
+        vm: Name,
+        /// End it first if it runs
+        #[arg(long, short)]
+        force: bool,
+    },
+    /// Attach to a VM's serial console; Ctrl-] leaves it
+    ///
+    /// On a terminal every key goes to the guest but Ctrl-]. Without one, standard input is passed on until it ends,
+    /// and output is printed until the VM ends.
+    #[command(
+        after_help = "Examples:\n  outboard vm console web\n  echo 'uname -a' | outboard vm console web --new"
+    )]
+    Console {
+        #[command(flatten)]
+        vm: Name,
+        /// Leave out what the VM wrote before
+        #[arg(long)]
+        new: bool,
+    },
+    /// Follow what happens to a VM or to all
+    #[command(
+        after_help = "Examples:\n  outboard vm events\n  outboard vm events web -o json | jq -r .event"
+    )]
+    Events {
+        /// Id or name; all VMs without it
+        #[arg(value_name = "VM")]
+        vm: Option<String>,
+    },
+    /// Show a running VM's counters
+    Stats(Name),
+}
+
+/// Names one VM.
+#[derive(Debug, Args)]
+pub(crate) struct Name {
+    /// Its id or name
+    #[arg(value_name = "VM")]
+    pub vm: String,
+}
+
+/// `outboard vm create`
+#[derive(Debug, Args)]
+#[command(after_help = CREATE_EXAMPLES)]
+pub(crate) struct Create {
+    /// Its name: a-z, 0-9 and '-'
+    pub name: String,
+    /// A bzImage, or an ELF kernel with a PVH note
+    #[arg(long, short, value_name = "FILE")]
+    pub kernel: String,
+    /// Its initial RAM disk
+    #[arg(long, short, value_name = "FILE")]
+    pub initramfs: Option<String>,
+    /// Its command line
+    #[arg(long, value_name = "TEXT", default_value = "")]
+    pub cmdline: String,
+    /// Guest memory, a multiple of 2M
+    #[arg(long, short, value_name = "SIZE", default_value = "512M")]
+    pub memory: Size,
+    /// Virtual CPUs
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    pub vcpus: u32,
+    /// A disk: a raw image or a block device; in the order given, the guest's /dev/vda, /dev/vdb, ...
+    ///
+    /// FILE, or path=FILE[,id=ID][,readonly][,direct][,queues=N][,card=CARD]. A comma in a path is written twice.
+    #[arg(long = "disk", short, value_name = "DISK")]
+    pub disks: Vec<DiskOption>,
+    /// A network interface
+    ///
+    /// NETWORK, or network=NETWORK[,mac=MAC][,id=ID][,mtu=N][,queue-pairs=N][,card=CARD].
+    #[arg(long = "nic", short, value_name = "NIC")]
+    pub nics: Vec<NicOption>,
+    /// Define it only
+    #[arg(long)]
+    pub no_start: bool,
+    /// Makes repeating the command safe: with the same token and options, the VM made before is the answer
+    #[arg(long, value_name = "TOKEN")]
+    pub token: Option<String>,
+}
+
+const CREATE_EXAMPLES: &str = "\
+Examples:
+  outboard vm create web --kernel /boot/vmlinuz --initramfs /boot/initrd.img \\
+      --cmdline 'console=ttyS0 root=/dev/vda rw' --disk /srv/web.img --nic default
+  outboard vm create db --kernel vmlinux --memory 4G --vcpus 4 \\
+      --disk path=/srv/root.img,readonly --disk path=/srv/db.img,queues=4,direct \\
+      --nic network=default,mac=02:00:00:12:34:56";
+
+/// `outboard network ...`
+#[derive(Debug, Subcommand)]
+pub(crate) enum NetworkCommand {
+    /// Create a network
+    #[command(
+        after_help = "Examples:\n  outboard network create private\n  outboard network create default --tap ob0 --address 10.88.0.1/24"
+    )]
+    Create {
+        /// Its name: a-z, 0-9 and '-'
+        name: String,
+        /// Name of the host's interface in it; without one the network is for VMs only
+        #[arg(long, value_name = "INTERFACE")]
+        tap: Option<String>,
+        /// An address of the host in it, like 10.88.0.1/24; may be given several times
+        #[arg(long = "address", value_name = "ADDRESS/LENGTH")]
+        addresses: Vec<String>,
+        /// Largest packet in bytes [default: 1500]
+        #[arg(long, value_name = "BYTES")]
+        mtu: Option<u32>,
+        /// Name of the network card it is on [default: the controller's first]
+        #[arg(long, value_name = "CARD")]
+        card: Option<String>,
+    },
+    /// List the networks
+    #[command(visible_alias = "list")]
+    Ls,
+    /// Remove a network that no VM uses
+    #[command(visible_alias = "remove")]
+    Rm {
+        /// Its name
+        name: String,
+    },
+}
+
+/// `outboard card ...`
+#[derive(Debug, Subcommand)]
+pub(crate) enum CardCommand {
+    /// List the cards and whether they answer
+    #[command(visible_alias = "list")]
+    Ls,
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    use super::*;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn a_bad_size_says_how_to_write_one() {
+        let e = Cli::try_parse_from(["outboard", "vm", "create", "a", "--kernel", "k", "--memory", "lots"])
+            .expect_err("no size");
+        assert!(e.to_string().contains("powers of 1024"), "{e}");
+        assert_eq!(e.exit_code(), 2);
+    }
+}

@@ -1,0 +1,278 @@
+//! Values of options: sizes, disks, network interfaces.
+
+use std::fmt;
+use std::path::PathBuf;
+use std::str::FromStr;
+
+use proto::v1::{DiskSpec, NicSpec};
+
+/// A size in bytes, written with K, M, G or T for powers of 1024.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Size(pub u64);
+
+const UNITS: [(char, u32); 4] = [('K', 10), ('M', 20), ('G', 30), ('T', 40)];
+
+impl FromStr for Size {
+    type Err = String;
+
+    fn from_str(s: &str) -> Result<Self, String> {
+        let bad = || format!("\"{s}\" is no size; write it like 512M or 4G (K, M, G, T are powers of 1024)");
+        let upper = s.to_ascii_uppercase();
+        let unit = UNITS.iter().find(|(unit, _)| upper.ends_with(*unit));
+        let (digits, shift) = match unit {
+            Some((unit, shift)) => (upper.trim_end_matches(*unit), *shift),
+            None => (upper.as_str(), 0),
+        };
+        // `parse` would take a sign, and trimming more than one unit.
+        let exact = digits.len() + usize::from(unit.is_some()) == upper.len();
+        if digits.is_empty() || !exact || !digits.bytes().all(|c| c.is_ascii_digit()) {
+            return Err(bad());
+        }
+        let number: u64 = digits.parse().map_err(|_| bad())?;
+        number.checked_mul(1 << shift).map(Self).ok_or_else(|| format!("\"{s}\" is more than 2^64 bytes"))
+    }
+}
+
+impl fmt::Display for Size {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let largest = UNITS.iter().rev().find(|(_, shift)| self.0 != 0 && self.0.is_multiple_of(1 << shift));
+        match largest {
+            Some((unit, shift)) => write!(f, "{}{unit}", self.0 >> shift),
+            None => write!(f, "{}", self.0),
+        }
+    }
+}
+
+/// `--disk PATH` or `--disk path=PATH,key=value,...`.
+#[derive(Debug, Clone, PartialEq)]
+pub(crate) struct DiskOption(pub DiskSpec);
+
+impl FromStr for DiskOption {
+    type Err = String;
+
+    fn from_str(s: &str) -> Result<Self, String> {
+        let mut disk = DiskSpec::default();
+        for pair in Pairs::new(s, "path") {
+            match pair.key.as_str() {
+                "path" => disk.path = absolute(&pair.value()?)?,
+                "id" => disk.id = pair.value()?,
+                "readonly" => disk.read_only = pair.flag()?,
+                "direct" => disk.direct = pair.flag()?,
+                "queues" => disk.queues = pair.number()?,
+                "card" => disk.card = pair.value()?,
+                _ => return Err(pair.unknown("path, id, readonly, direct, queues, card")),
+            }
+        }
+        if disk.path.is_empty() {
+            return Err("a disk needs a path: --disk /srv/root.img or --disk path=/srv/root.img".to_owned());
+        }
+        Ok(Self(disk))
+    }
+}
+
+/// `--nic NETWORK` or `--nic network=NETWORK,key=value,...`.
+#[derive(Debug, Clone, PartialEq)]
+pub(crate) struct NicOption(pub NicSpec);
+
+impl FromStr for NicOption {
+    type Err = String;
+
+    fn from_str(s: &str) -> Result<Self, String> {
+        let mut nic = NicSpec::default();
+        for pair in Pairs::new(s, "network") {
+            match pair.key.as_str() {
+                "network" => nic.network = pair.value()?,
+                "id" => nic.id = pair.value()?,
+                "mac" => nic.mac = pair.value()?,
+                "mtu" => nic.mtu = pair.number()?,
+                "queue-pairs" => nic.queue_pairs = pair.number()?,
+                "card" => nic.card = pair.value()?,
+                _ => return Err(pair.unknown("network, id, mac, mtu, queue-pairs, card")),
+            }
+        }
+        if nic.network.is_empty() {
+            return Err("an interface needs a network: --nic default or --nic network=default".to_owned());
+        }
+        Ok(Self(nic))
+    }
+}
+
+/// A path as the controller, which has another working directory, understands it.
+pub(crate) fn absolute(path: &str) -> Result<String, String> {
+    let absolute = std::path::absolute(path).map_err(|e| format!("\"{path}\": {e}"))?;
+    absolute
+        .into_os_string()
+        .into_string()
+        .map_err(|p| format!("{} is not UTF-8", PathBuf::from(p).display()))
+}
+
+/// `a,key=value,flag`: the first word may go without its key. A comma in a value is written twice.
+struct Pairs<'a> {
+    rest: Option<&'a str>,
+    first: Option<&'static str>,
+}
+
+struct Pair {
+    key: String,
+    value: Option<String>,
+}
+
+impl<'a> Pairs<'a> {
+    fn new(s: &'a str, first: &'static str) -> Self {
+        Self { rest: Some(s), first: Some(first) }
+    }
+
+    /// The text up to a single comma, with double ones made single.
+    fn word(&mut self) -> Option<String> {
+        let text = self.rest?;
+        let mut word = String::new();
+        let mut chars = text.char_indices().peekable();
+        self.rest = None;
+        while let Some((at, c)) = chars.next() {
+            if c == ',' && chars.next_if(|(_, next)| *next == ',').is_none() {
+                self.rest = text.get(at + 1..);
+                break;
+            }
+            word.push(c);
+        }
+        Some(word)
+    }
+}
+
+impl Iterator for Pairs<'_> {
+    type Item = Pair;
+
+    fn next(&mut self) -> Option<Pair> {
+        let word = self.word()?;
+        let first = self.first.take();
+        let (key, value) = match (word.split_once('='), first) {
+            // A path may have a '=' in it; a key has no '/'.
+            (Some((key, value)), _) if !key.contains('/') => (key.to_owned(), Some(value.to_owned())),
+            (_, Some(first)) => (first.to_owned(), Some(word)),
+            (_, None) => (word, None),
+        };
+        Some(Pair { key, value })
+    }
+}
+
+impl Pair {
+    fn value(self) -> Result<String, String> {
+        match self.value {
+            Some(value) if !value.is_empty() => Ok(value),
+            _ => Err(format!("{0} needs a value: {0}=...", self.key)),
+        }
+    }
+
+    fn number(self) -> Result<u32, String> {
+        let key = self.key.clone();
+        let value = self.value()?;
+        value.parse().map_err(|_| format!("{key}={value}: \"{value}\" is no number"))
+    }
+
+    fn flag(self) -> Result<bool, String> {
+        match self.value.as_deref() {
+            None | Some("on") => Ok(true),
+            Some("off") => Ok(false),
+            Some(other) => Err(format!("{0}={other}: write {0}, {0}=on or {0}=off", self.key)),
+        }
+    }
+
+    fn unknown(&self, known: &str) -> String {
+        format!("\"{}\" is not known here; known are: {known}", self.key)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    #[test]
+    fn sizes() {
+        let size = |s: &str| s.parse::<Size>().map(|s| s.0);
+        assert_eq!(size("512M"), Ok(512 << 20));
+        assert_eq!(size("4g"), Ok(4 << 30));
+        assert_eq!(size("1k"), Ok(1024));
+        assert_eq!(size("0"), Ok(0));
+        for bad in ["", "M", "1.5G", "-1M", "+1M", "12MM", "1 G", "512MB", "99999999999999999999"] {
+            let e = size(bad).expect_err(bad);
+            assert!(e.contains("powers of 1024"), "{e}");
+        }
+        assert!(size("99999999999T").expect_err("overflow").contains("2^64"));
+        assert_eq!(Size(1536 << 20).to_string(), "1536M");
+        assert_eq!(Size(0).to_string(), "0");
+    }
+
+    #[test]
+    fn disks() {
+        let disk = |s: &str| s.parse::<DiskOption>().map(|d| d.0);
+        let plain = DiskSpec { path: "/x.img".into(), ..DiskSpec::default() };
+        assert_eq!(disk("/x.img"), Ok(plain.clone()));
+        assert_eq!(disk("path=/x.img"), Ok(plain.clone()));
+        assert_eq!(disk("/x.img,readonly"), Ok(DiskSpec { read_only: true, ..plain.clone() }));
+        assert_eq!(
+            disk("path=/x.img,id=root,queues=4,direct,card=fast,readonly=off"),
+            Ok(DiskSpec { id: "root".into(), queues: 4, direct: true, card: "fast".into(), ..plain })
+        );
+        assert_eq!(disk("/a,,b=c").map(|d| d.path), Ok("/a,b=c".into()));
+        let here = std::env::current_dir().expect("directory").join("x.img");
+        assert_eq!(disk("x.img").map(|d| PathBuf::from(d.path)), Ok(here));
+        for (bad, says) in [
+            ("", "needs a value"),
+            ("readonly", "absolute"),
+            ("id=a", "needs a path"),
+            ("/x,queues=many", "no number"),
+            ("/x,queues", "needs a value"),
+            ("/x,fast", "known are"),
+            ("/x,readonly=maybe", "readonly=on"),
+        ] {
+            match disk(bad) {
+                Err(e) => assert!(e.contains(says), "{bad}: {e}"),
+                // The first word is a path, whatever it is called.
+                Ok(d) => assert!(bad == "readonly" && d.path.ends_with("/readonly")),
+            }
+        }
+    }
+
+    #[test]
+    fn interfaces() {
+        let nic = |s: &str| s.parse::<NicOption>().map(|n| n.0);
+        assert_eq!(nic("default").map(|n| n.network), Ok("default".into()));
+        assert_eq!(
+            nic("network=default,mac=02:00:00:00:00:01,id=lan,mtu=9000,queue-pairs=2"),
+            Ok(NicSpec {
+                network: "default".into(),
+                mac: "02:00:00:00:00:01".into(),
+                id: "lan".into(),
+                mtu: 9000,
+                queue_pairs: 2,
+                ..NicSpec::default()
+            })
+        );
+        assert!(nic("mac=02:00:00:00:00:01").is_err());
+        assert!(nic("default,queue_pairs=2").expect_err("unknown").contains("queue-pairs"));
+    }
+
+    proptest! {
+        #[test]
+        fn a_size_prints_as_it_parses(bytes: u64) {
+            prop_assert_eq!(Size(bytes).to_string().parse(), Ok(Size(bytes)));
+        }
+
+        #[test]
+        fn any_path_can_be_written(path in "/[a-z,=/. ]{1,20}") {
+            let written = format!("path={},readonly", path.replace(',', ",,"));
+            let disk = written.parse::<DiskOption>().map(|d| d.0).map_err(TestCaseError::fail)?;
+            prop_assert_eq!(disk.path, absolute(&path).map_err(TestCaseError::fail)?);
+            prop_assert!(disk.read_only);
+        }
+
+        #[test]
+        fn nothing_panics(s in ".{0,40}") {
+            let _ = s.parse::<Size>();
+            let _ = s.parse::<DiskOption>();
+            let _ = s.parse::<NicOption>();
+        }
+    }
+}

@@ -1,0 +1,239 @@
+//! How things look to a person.
+
+use std::fmt::Write as _;
+use std::io::{self, Write};
+use std::time::{Duration, SystemTime};
+
+use comfy_table::{Table, presets};
+use serde::Serialize;
+
+use super::args::Output;
+use super::failure::Failure;
+use super::options::Size;
+use super::view::{Card, Event, Network, Stats, Vm, What};
+
+/// Prints `text`, or `json` as one document.
+///
+/// # Errors
+/// Standard output cannot be written.
+pub(crate) fn print(
+    output: Output,
+    json: &impl Serialize,
+    text: impl FnOnce() -> String,
+) -> Result<(), Failure> {
+    let text = match output {
+        Output::Table => plain(&text()),
+        Output::Json => {
+            let text = serde_json::to_string_pretty(json);
+            text.map_err(|e| Failure::Local(format!("the answer is no JSON: {e}"), String::new()))? + "\n"
+        }
+    };
+    let mut out = io::stdout().lock();
+    out.write_all(text.as_bytes())?;
+    Ok(out.flush()?)
+}
+
+/// `outboard vm ls`
+pub(crate) fn vms(vms: &[Vm]) -> String {
+    let rows = vms.iter().map(|v| {
+        let uptime = v.uptime_seconds.map(duration).unwrap_or_default();
+        let memory = Size(v.memory_bytes).to_string();
+        vec![v.name.clone(), v.id.clone(), v.state.clone(), v.vcpus.to_string(), memory, uptime]
+    });
+    table(&["NAME", "ID", "STATE", "VCPUS", "MEMORY", "UPTIME"], rows)
+}
+
+/// `outboard vm show`
+pub(crate) fn vm(vm: &Vm) -> String {
+    let state = match vm.detail.as_str() {
+        "" => vm.state.clone(),
+        detail => format!("{} ({detail})", vm.state),
+    };
+    let started = if vm.started_us == 0 { "never".into() } else { time(vm.started_us) };
+    let mut lines = vec![
+        ("Name", vm.name.clone()),
+        ("Id", vm.id.clone()),
+        ("State", state),
+        ("vCPUs", vm.vcpus.to_string()),
+        ("Memory", Size(vm.memory_bytes).to_string()),
+        ("Kernel", vm.kernel.clone()),
+        ("Initramfs", vm.initramfs.clone()),
+        ("Command line", vm.cmdline.clone()),
+        ("Created", time(vm.created_us)),
+        ("Started", started),
+        ("Uptime", vm.uptime_seconds.map(duration).unwrap_or_default()),
+    ];
+    if vm.hypervisor_pid != 0 {
+        lines.push(("Hypervisor", format!("process {}", vm.hypervisor_pid)));
+        lines.push(("Guest resets", vm.resets.to_string()));
+    }
+    let mut text = String::new();
+    for (name, value) in lines.into_iter().filter(|(_, value)| !value.is_empty()) {
+        // Writing to a String cannot fail.
+        let _ = writeln!(text, "{:<14}{value}", format!("{name}:"));
+    }
+    let link = |id: &str| {
+        let slot = vm.slots.iter().find(|s| s.id == id);
+        slot.map_or((String::new(), String::new()), |s| {
+            let link = match s.last_error.as_str() {
+                "" => s.link.clone(),
+                _ if s.link == "active" => format!("active ({} reconnects)", s.reconnects),
+                error => format!("{}: {error}", s.link),
+            };
+            (s.pci_address.clone(), link)
+        })
+    };
+    let disks = vm.disks.iter().map(|d| {
+        let (pci, link) = link(&d.id);
+        let options = [("read-only", d.read_only), ("direct", d.direct)];
+        let options: Vec<_> = options.iter().filter(|(_, set)| *set).map(|(name, _)| *name).collect();
+        vec![d.id.clone(), d.path.clone(), d.card.clone(), d.queues.to_string(), options.join(","), pci, link]
+    });
+    if !vm.disks.is_empty() {
+        text.push('\n');
+        text += &table(&["DISK", "PATH", "CARD", "QUEUES", "OPTIONS", "PCI", "LINK"], disks);
+    }
+    let nics = vm.nics.iter().map(|n| {
+        let (pci, link) = link(&n.id);
+        let queues = n.queue_pairs.to_string();
+        vec![n.id.clone(), n.network.clone(), n.card.clone(), n.mac.clone(), queues, pci, link]
+    });
+    if !vm.nics.is_empty() {
+        text.push('\n');
+        text += &table(&["NIC", "NETWORK", "CARD", "MAC", "PAIRS", "PCI", "LINK"], nics);
+    }
+    text
+}
+
+/// `outboard vm stats`
+pub(crate) fn stats(stats: &Stats) -> String {
+    let mut text = String::new();
+    let _ = writeln!(text, "Exits to the hypervisor: {}", stats.userspace_exits_total);
+    let _ = writeln!(text, "  of the data path:      {}", stats.data_path_exits);
+    let _ = writeln!(text, "Console bytes:           {}", stats.console_bytes);
+    if stats.first_console_byte_us > 0 {
+        let _ = writeln!(text, "First console byte:      {} us after exec", stats.first_console_byte_us);
+    }
+    if !stats.userspace_exits.is_empty() {
+        text.push('\n');
+        let exits = stats.userspace_exits.iter().map(|(reason, n)| vec![reason.clone(), n.to_string()]);
+        text += &table(&["EXIT", "COUNT"], exits);
+    }
+    let queues = stats.devices.iter().flat_map(|d| {
+        d.queues.iter().map(|q| {
+            let numbers =
+                [q.requests, q.bytes_in, q.bytes_out, q.errors, q.dropped, q.kicks, q.calls, q.in_flight];
+            let mut row = vec![d.id.clone(), q.index.to_string()];
+            row.extend(numbers.iter().map(u64::to_string));
+            row
+        })
+    });
+    let queues = table(
+        &["DEVICE", "QUEUE", "REQUESTS", "IN", "OUT", "ERRORS", "DROPPED", "KICKS", "CALLS", "IN FLIGHT"],
+        queues,
+    );
+    if !stats.devices.is_empty() {
+        text.push('\n');
+        text += &queues;
+    }
+    text
+}
+
+/// `outboard network ls`
+pub(crate) fn networks(networks: &[Network]) -> String {
+    let rows = networks.iter().map(|n| {
+        let addresses = n.host_addresses.join(" ");
+        vec![n.id.clone(), n.tap.clone(), addresses, n.mtu.to_string(), n.devices.len().to_string()]
+    });
+    table(&["NAME", "TAP", "HOST ADDRESSES", "MTU", "DEVICES"], rows)
+}
+
+/// `outboard card ls`
+pub(crate) fn cards(cards: &[Card]) -> String {
+    let number = |n: Option<u32>| n.map(|n| n.to_string()).unwrap_or_default();
+    let rows = cards.iter().map(|c| {
+        let state = if c.error.is_empty() { "answers".to_owned() } else { c.error.clone() };
+        let text = |s: &Option<String>| s.clone().unwrap_or_default();
+        vec![c.name.clone(), text(&c.kind), text(&c.version), number(c.pid), number(c.devices), state]
+    });
+    table(&["NAME", "KIND", "VERSION", "PID", "DEVICES", "STATE"], rows)
+}
+
+/// One line of `outboard vm events`
+pub(crate) fn event(event: &Event) -> String {
+    let what = match &event.what {
+        What::Created => "created".to_owned(),
+        What::Deleted => "deleted".to_owned(),
+        What::State { state } => state.clone(),
+        What::Link { slot, link, reason } if reason.is_empty() => format!("link of {slot} {link}"),
+        What::Link { slot, link, reason } => format!("link of {slot} {link}: {reason}"),
+        What::Ended { reason, detail } if detail.is_empty() => format!("ended: {reason}"),
+        What::Ended { reason, detail } => format!("ended: {reason}: {detail}"),
+        What::Reset { reason } => format!("reset: {reason}"),
+        What::ConfigChanged { slot } => format!("configuration of {slot} changed"),
+        What::Missed { events } => format!("{events} events were missed: this watcher is too slow"),
+        What::Unknown => "something this version does not know".to_owned(),
+    };
+    plain(&format!("{}  {}  {what}\n", time(event.time_us), event.vm_name))
+}
+
+/// Without control characters: some of what is shown was said by hypervisors and cards, and a terminal obeys escapes.
+pub(crate) fn plain(text: &str) -> String {
+    text.chars().map(|c| if c.is_control() && !matches!(c, '\n' | '\t') { '\u{fffd}' } else { c }).collect()
+}
+
+fn table(header: &[&str], rows: impl Iterator<Item = Vec<String>>) -> String {
+    let mut table = Table::new();
+    table.load_style(presets::NOTHING).set_header(header.iter().copied()).add_rows(rows);
+    for column in table.column_iter_mut() {
+        column.set_padding((0, 2));
+    }
+    let mut text = String::new();
+    for line in table.lines() {
+        text += line.trim_end();
+        text.push('\n');
+    }
+    text
+}
+
+/// "2d 3h", "3h 12m", "5m 7s", "42s".
+fn duration(seconds: u64) -> String {
+    let (days, hours, minutes) = (seconds / 86_400, seconds / 3600 % 24, seconds / 60 % 60);
+    match seconds {
+        0..60 => format!("{seconds}s"),
+        60..3600 => format!("{minutes}m {}s", seconds % 60),
+        3600..86_400 => format!("{hours}h {minutes}m"),
+        _ => format!("{days}d {hours}h"),
+    }
+}
+
+/// Unix time in microseconds as RFC 3339.
+fn time(us: i64) -> String {
+    let since = Duration::from_micros(u64::try_from(us).unwrap_or_default());
+    humantime::format_rfc3339_millis(SystemTime::UNIX_EPOCH + since).to_string()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn tables_are_plain_columns() {
+        let text = table(&["NAME", "STATE"], [vec!["web".to_owned(), "running".to_owned()]].into_iter());
+        assert_eq!(text, "NAME  STATE\nweb   running\n");
+    }
+
+    #[test]
+    fn nobody_talks_to_the_terminal() {
+        assert_eq!(plain("a\x1b[2Jb\n\u{9b}c"), "a\u{fffd}[2Jb\n\u{fffd}c");
+    }
+
+    #[test]
+    fn durations_have_two_units() {
+        assert_eq!(duration(7), "7s");
+        assert_eq!(duration(307), "5m 7s");
+        assert_eq!(duration(11_520), "3h 12m");
+        assert_eq!(duration(183_600), "2d 3h");
+        assert_eq!(time(1_000), "1970-01-01T00:00:00.001Z");
+    }
+}

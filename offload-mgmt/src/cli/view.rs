@@ -1,0 +1,406 @@
+//! What is printed as JSON: a contract of its own, apart from the messages on the wire. Names are snake_case, times are
+//! Unix time in microseconds, sizes are bytes; fields are only added.
+
+use std::collections::BTreeMap;
+
+use proto::v1::{self, EndReason, LinkState, ResetReason, VmState, event};
+use serde::Serialize;
+
+/// A VM.
+#[derive(Debug, Serialize)]
+pub(crate) struct Vm {
+    /// 12 characters of [a-z0-9].
+    pub id: String,
+    /// Its name.
+    pub name: String,
+    /// "stopped", "starting", "running", "paused", "stopping" or "failed".
+    pub state: String,
+    /// One sentence about the state; may be empty.
+    pub detail: String,
+    /// Virtual CPUs.
+    pub vcpus: u32,
+    /// Guest memory.
+    pub memory_bytes: u64,
+    /// Path of its kernel.
+    pub kernel: String,
+    /// Path of its initial RAM disk; may be empty.
+    pub initramfs: String,
+    /// The kernel's command line.
+    pub cmdline: String,
+    /// Its disks, in the guest's order.
+    pub disks: Vec<Disk>,
+    /// Its network interfaces, in the guest's order.
+    pub nics: Vec<Nic>,
+    /// When it was created.
+    pub created_us: i64,
+    /// When it was last started; 0: never.
+    pub started_us: i64,
+    /// Seconds since then if it runs, else null.
+    pub uptime_seconds: Option<u64>,
+    /// Process id of its hypervisor; 0: none.
+    pub hypervisor_pid: u32,
+    /// Guest resets since it was started.
+    pub resets: u64,
+    /// Links of its devices, while it runs; not in lists.
+    pub slots: Vec<Slot>,
+}
+
+/// A disk.
+#[derive(Debug, Serialize)]
+pub(crate) struct Disk {
+    /// Its id within the VM.
+    pub id: String,
+    /// The image or block device.
+    pub path: String,
+    /// The guest may not write.
+    pub read_only: bool,
+    /// The host's page cache is not used.
+    pub direct: bool,
+    /// Request queues.
+    pub queues: u32,
+    /// The card that serves it.
+    pub card: String,
+}
+
+/// A network interface.
+#[derive(Debug, Serialize)]
+pub(crate) struct Nic {
+    /// Its id within the VM.
+    pub id: String,
+    /// The network it is plugged into.
+    pub network: String,
+    /// Its MAC address.
+    pub mac: String,
+    /// Largest packet in bytes; 0: the network's.
+    pub mtu: u32,
+    /// Receive/transmit queue pairs.
+    pub queue_pairs: u32,
+    /// The card that serves it.
+    pub card: String,
+}
+
+/// A device's link.
+#[derive(Debug, Serialize)]
+pub(crate) struct Slot {
+    /// The device's id within the VM.
+    pub id: String,
+    /// "connecting", "negotiating", "active", "lost" or "removed".
+    pub link: String,
+    /// How long it has been so.
+    pub link_state_age_ms: u64,
+    /// Connections after the first.
+    pub reconnects: u64,
+    /// PCI address in the guest.
+    pub pci_address: String,
+    /// The guest's driver is ready.
+    pub driver_ok: bool,
+    /// Why the link was last lost; empty: never.
+    pub last_error: String,
+}
+
+/// A network.
+#[derive(Debug, Serialize)]
+pub(crate) struct Network {
+    /// Its name.
+    pub id: String,
+    /// The host's interface in it; may be empty.
+    pub tap: String,
+    /// The host's addresses in it.
+    pub host_addresses: Vec<String>,
+    /// Largest packet in bytes.
+    pub mtu: u32,
+    /// Devices plugged in now, as their card calls them.
+    pub devices: Vec<String>,
+}
+
+/// A card.
+#[derive(Debug, Serialize)]
+pub(crate) struct Card {
+    /// The name devices choose it by.
+    pub name: String,
+    /// "offload-blk" or "offload-net"; null if it does not answer.
+    pub kind: Option<String>,
+    /// Its version; null if it does not answer.
+    pub version: Option<String>,
+    /// Its process id; null if it does not answer.
+    pub pid: Option<u32>,
+    /// Devices it serves; null if it does not answer.
+    pub devices: Option<u32>,
+    /// Its control socket.
+    pub control_socket: String,
+    /// Why it does not answer; empty if it does.
+    pub error: String,
+}
+
+/// Something that happened.
+#[derive(Debug, Serialize)]
+pub(crate) struct Event {
+    /// Counts up within one controller process.
+    pub sequence: u64,
+    /// When.
+    pub time_us: i64,
+    /// To which VM.
+    pub vm_id: String,
+    /// Its name.
+    pub vm_name: String,
+    /// What.
+    #[serde(flatten)]
+    pub what: What,
+}
+
+/// What happened: `event` names it, and the fields beside it say more.
+#[derive(Debug, Serialize)]
+#[serde(tag = "event", rename_all = "snake_case")]
+#[allow(missing_docs)]
+pub(crate) enum What {
+    Created,
+    Deleted,
+    State { state: String },
+    Link { slot: String, link: String, reason: String },
+    Ended { reason: String, detail: String },
+    Reset { reason: String },
+    ConfigChanged { slot: String },
+    Missed { events: u64 },
+    Unknown,
+}
+
+/// Counters of a VM.
+#[derive(Debug, Serialize)]
+pub(crate) struct Stats {
+    /// Exits from the guest to the hypervisor process, by reason.
+    pub userspace_exits: BTreeMap<String, u64>,
+    /// Their sum.
+    pub userspace_exits_total: u64,
+    /// Those that carried I/O; 0 in steady state.
+    pub data_path_exits: u64,
+    /// Bytes the guest wrote to its console.
+    pub console_bytes: u64,
+    /// From process start to the guest's first instruction; 0: not yet.
+    pub first_entry_us: u64,
+    /// From process start to its first console output; 0: not yet.
+    pub first_console_byte_us: u64,
+    /// Its devices; those whose card does not answer are missing.
+    pub devices: Vec<DeviceStats>,
+}
+
+/// Counters of a device.
+#[derive(Debug, Serialize)]
+pub(crate) struct DeviceStats {
+    /// Its id within the VM.
+    pub id: String,
+    /// Connections the card accepted for it.
+    pub connections: u64,
+    /// Its queues.
+    pub queues: Vec<QueueStats>,
+}
+
+/// Counters of a queue.
+#[derive(Debug, Serialize)]
+#[allow(missing_docs)]
+pub(crate) struct QueueStats {
+    pub index: u32,
+    pub requests: u64,
+    pub bytes_in: u64,
+    pub bytes_out: u64,
+    pub errors: u64,
+    pub dropped: u64,
+    pub kicks: u64,
+    pub calls: u64,
+    pub in_flight: u64,
+    pub resubmitted: u64,
+}
+
+impl Vm {
+    /// `now_us` is Unix time in microseconds.
+    pub(crate) fn new(vm: v1::Vm, now_us: i64) -> Self {
+        let runs = matches!(vm.state(), VmState::Running | VmState::Paused | VmState::Stopping);
+        let uptime = u64::try_from((now_us - vm.started_us) / 1_000_000).ok();
+        let state = word(vm.state().as_str_name(), "VM_STATE_");
+        let spec = vm.spec.unwrap_or_default();
+        let boot = spec.boot.unwrap_or_default();
+        Self {
+            id: vm.id,
+            name: spec.name,
+            state,
+            detail: vm.detail,
+            vcpus: spec.vcpus,
+            memory_bytes: spec.memory_bytes,
+            kernel: boot.kernel_path,
+            initramfs: boot.initramfs_path,
+            cmdline: boot.cmdline,
+            disks: spec.disks.into_iter().map(Disk::from).collect(),
+            nics: spec.nics.into_iter().map(Nic::from).collect(),
+            created_us: vm.created_us,
+            started_us: vm.started_us,
+            uptime_seconds: uptime.filter(|_| runs && vm.started_us > 0),
+            hypervisor_pid: vm.hypervisor_pid,
+            resets: vm.resets,
+            slots: vm.slots.into_iter().map(Slot::from).collect(),
+        }
+    }
+}
+
+impl From<v1::DiskSpec> for Disk {
+    fn from(d: v1::DiskSpec) -> Self {
+        let v1::DiskSpec { id, path, read_only, queues, card, direct } = d;
+        Self { id, path, read_only, direct, queues, card }
+    }
+}
+
+impl From<v1::NicSpec> for Nic {
+    fn from(n: v1::NicSpec) -> Self {
+        let v1::NicSpec { id, network, mac, mtu, queue_pairs, card } = n;
+        Self { id, network, mac, mtu, queue_pairs, card }
+    }
+}
+
+impl From<v1::SlotInfo> for Slot {
+    fn from(s: v1::SlotInfo) -> Self {
+        Self {
+            link: link(s.link()),
+            id: s.id,
+            link_state_age_ms: s.link_state_age_ms,
+            reconnects: s.reconnects,
+            pci_address: s.pci_address,
+            driver_ok: s.driver_ok,
+            last_error: s.last_error,
+        }
+    }
+}
+
+impl From<v1::Network> for Network {
+    fn from(n: v1::Network) -> Self {
+        let spec = n.spec.unwrap_or_default();
+        Self {
+            id: spec.id,
+            tap: spec.tap,
+            host_addresses: spec.host_addresses,
+            mtu: spec.mtu,
+            devices: n.devices,
+        }
+    }
+}
+
+impl From<v1::CardStatus> for Card {
+    fn from(c: v1::CardStatus) -> Self {
+        let info = c.info;
+        Self {
+            name: c.name,
+            kind: info.as_ref().map(|i| i.kind.clone()),
+            version: info.as_ref().map(|i| i.version.clone()),
+            pid: info.as_ref().map(|i| i.pid),
+            devices: info.as_ref().map(|i| i.devices),
+            control_socket: c.control_socket,
+            error: c.error,
+        }
+    }
+}
+
+impl From<v1::Event> for Event {
+    fn from(e: v1::Event) -> Self {
+        let what = match e.event {
+            Some(event::Event::Created(_)) => What::Created,
+            Some(event::Event::Deleted(_)) => What::Deleted,
+            Some(event::Event::State(state)) => {
+                let state = VmState::try_from(state).unwrap_or_default();
+                What::State { state: word(state.as_str_name(), "VM_STATE_") }
+            }
+            Some(event::Event::Link(l)) => {
+                What::Link { link: link(l.state()), slot: l.slot_id, reason: l.reason }
+            }
+            Some(event::Event::Ended(e)) => What::Ended { reason: end(e.reason()), detail: e.detail },
+            Some(event::Event::Reset(r)) => What::Reset { reason: reset(r.reason()) },
+            Some(event::Event::ConfigChangedSlot(slot)) => What::ConfigChanged { slot },
+            Some(event::Event::Missed(events)) => What::Missed { events },
+            None => What::Unknown,
+        };
+        Self { sequence: e.sequence, time_us: e.time_us, vm_id: e.vm_id, vm_name: e.vm_name, what }
+    }
+}
+
+impl From<v1::VmStats> for Stats {
+    fn from(s: v1::VmStats) -> Self {
+        let h = s.hypervisor.unwrap_or_default();
+        Self {
+            userspace_exits: h.userspace_exits.into_iter().collect(),
+            userspace_exits_total: h.userspace_exits_total,
+            data_path_exits: h.data_path_exits,
+            console_bytes: h.console_bytes,
+            first_entry_us: h.first_entry_us,
+            first_console_byte_us: h.first_console_byte_us,
+            devices: s.devices.into_iter().map(DeviceStats::from).collect(),
+        }
+    }
+}
+
+impl From<v1::DeviceStats> for DeviceStats {
+    fn from(d: v1::DeviceStats) -> Self {
+        Self {
+            id: d.id,
+            connections: d.connections,
+            queues: d.queues.into_iter().map(QueueStats::from).collect(),
+        }
+    }
+}
+
+impl From<v1::QueueStats> for QueueStats {
+    fn from(q: v1::QueueStats) -> Self {
+        Self {
+            index: q.index,
+            requests: q.requests,
+            bytes_in: q.bytes_in,
+            bytes_out: q.bytes_out,
+            errors: q.errors,
+            dropped: q.dropped,
+            kicks: q.kicks,
+            calls: q.calls,
+            in_flight: q.in_flight,
+            resubmitted: q.resubmitted,
+        }
+    }
+}
+
+fn link(state: LinkState) -> String {
+    word(state.as_str_name(), "LINK_STATE_")
+}
+
+fn end(reason: EndReason) -> String {
+    word(reason.as_str_name(), "END_REASON_")
+}
+
+fn reset(reason: ResetReason) -> String {
+    word(reason.as_str_name(), "RESET_REASON_")
+}
+
+/// `VM_STATE_RUNNING` as "running".
+fn word(name: &str, prefix: &str) -> String {
+    name.trim_start_matches(prefix).to_ascii_lowercase()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn events_are_flat_objects() {
+        let event = v1::Event {
+            sequence: 7,
+            time_us: 1,
+            vm_id: "a".into(),
+            vm_name: "web".into(),
+            event: Some(event::Event::State(VmState::Running.into())),
+        };
+        let json = serde_json::to_string(&Event::from(event)).expect("json");
+        assert_eq!(
+            json,
+            r#"{"sequence":7,"time_us":1,"vm_id":"a","vm_name":"web","event":"state","state":"running"}"#
+        );
+    }
+
+    #[test]
+    fn uptime_is_that_of_what_runs() {
+        let vm = |state: VmState| v1::Vm { state: state.into(), started_us: 5_000_000, ..v1::Vm::default() };
+        assert_eq!(Vm::new(vm(VmState::Running), 8_500_000).uptime_seconds, Some(3));
+        assert_eq!(Vm::new(vm(VmState::Stopped), 8_500_000).uptime_seconds, None);
+    }
+}

@@ -1,0 +1,8 @@
+//! The controller and the command against cards and hypervisors that fail on demand.
+
+mod command;
+mod create;
+mod daemon;
+mod life;
+mod restart;
+mod support;
