@@ -1,0 +1,258 @@
+# shellcheck shell=bash
+# The steps of deploy/quickstart. Sourced; uses its variables $here, $top, $from, $guest.
+
+vm=quickstart network=quickstart tap=outboard0 host_ip=10.88.0.1 guest_ip=10.88.0.2
+images=/var/lib/outboard/images disks=/var/lib/outboard/disks
+run=/run/outboard-quickstart
+# Says that the programs on this host were installed by quickstart, so --down may remove them.
+mark=/var/lib/outboard/.installed-by-quickstart
+
+under_systemd() { [[ -d /run/systemd/system ]]; }
+
+# Sets $from to a directory with the programs, building them if need be.
+ensure_programs() {
+  local wanted have
+  [[ -z $from ]] || return 0
+  wanted=$(sed -n 's/^rust-version = "\(.*\)"/\1/p' "$top/Cargo.toml")
+  command -v cargo >/dev/null || die "cargo is not installed (or not in root's PATH: $PATH)" \
+    "Debian's Rust is too old: get Rust $wanted or newer from https://rustup.rs"
+  have=$(cargo --version | cut -d ' ' -f 2)
+  [[ $(printf '%s\n' "$wanted" "$have" | sort -V | head -n 1) == "$wanted" ]] ||
+    die "cargo is version $have, Outboard needs $wanted or newer" "run: rustup update stable"
+  need_packages gcc libc6-dev
+  step "building Outboard"
+  (cd "$top" && cargo build --workspace --release --locked)
+  from=$top/target/release
+}
+
+# Sets $guest to a directory with vmlinuz, initrd.img and root.img.
+ensure_guest() { [[ -n $guest ]] || guest=$("$here/debian-image" --name guest); }
+
+# background NAME COMMAND...: keeps COMMAND running without systemd, as its unit would (Restart=always).
+background() {
+  local name=$1
+  shift
+  [[ ! -e $run/$name.pid ]] || ! kill -0 "$(<"$run/$name.pid")" 2>/dev/null || return 0
+  # shellcheck disable=SC2016
+  setsid bash -c 'trap "kill \$child; wait \$child; exit 0" TERM
+    while :; do "$@" & child=$!; wait "$child"; sleep 0.1; done' "$name" "$@" >>"$run/$name.log" 2>&1 </dev/null &
+  printf '%s\n' $! >"$run/$name.pid"
+}
+
+start_services() {
+  if under_systemd; then
+    need_packages polkitd
+    [[ -e /usr/local/bin/outboard ]] || { install -d -m 0755 "$(dirname "$mark")" && : >"$mark"; }
+    "$here/install" --from "$from" --enable
+    return
+  fi
+  mkdir -p "$run" /run/outboard /run/outboard-blk /run/outboard-net "$images" "$disks"
+  background offload-blk "$from/offload-blk" --control /run/outboard-blk/control.sock --runtime-dir /run/outboard-blk
+  background offload-net "$from/offload-net" --control /run/outboard-net/control.sock --runtime-dir /run/outboard-net
+  PATH=$from:$PATH background outboard-mgmt "$from/outboard-mgmt" --runner process
+}
+
+outboard() {
+  if [[ -x /usr/local/bin/outboard ]]; then /usr/local/bin/outboard "$@"; else "$from/outboard" "$@"; fi
+}
+
+# What a user types to run `outboard`.
+outboard_path() { if [[ -x /usr/local/bin/outboard ]]; then printf outboard; else printf '%s/outboard' "$from"; fi; }
+
+wait_for_controller() {
+  local deadline=$((SECONDS + 30))
+  until outboard vm ls >/dev/null 2>&1; do
+    if ((SECONDS > deadline)); then
+      outboard vm ls || true
+      die "the controller does not answer" "see: $(under_systemd && echo 'journalctl -u outboard-mgmt' || echo "$run/outboard-mgmt.log")"
+    fi
+    sleep 0.2
+  done
+}
+
+vm_exists() { outboard vm show "$vm" >/dev/null 2>&1; }
+
+# copy_if_older SOURCE DESTINATION [OPTION OF install]...
+copy_if_older() {
+  local source=$1 destination=$2
+  shift 2
+  [[ $destination -nt $source ]] || install "$@" "$source" "$destination"
+}
+
+# copy_disk SOURCE DESTINATION: SOURCE may be a block device, whose holes only large reads get over quickly.
+copy_disk() {
+  if [[ -b $1 ]]; then dd if="$1" of="$2" bs=4M conv=sparse; else cp --sparse=always --reflink=auto "$1" "$2"; fi
+}
+
+create_vm() {
+  local owner=root
+  copy_if_older "$guest/vmlinuz" "$images/debian-vmlinuz" -m 0644
+  copy_if_older "$guest/initrd.img" "$images/debian-initrd.img" -m 0644
+  if [[ ! -e $disks/$vm.img ]]; then
+    with_progress "copying the root file system to $disks/$vm.img" copy_disk "$guest/root.img" "$disks/$vm.img.new"
+    under_systemd && owner=outboard-blk
+    chown "$owner:" "$disks/$vm.img.new"
+    chmod 0600 "$disks/$vm.img.new"
+    mv "$disks/$vm.img.new" "$disks/$vm.img"
+  fi
+  outboard network ls --output json | grep -q "\"$network\"" ||
+    outboard network create "$network" --tap "$tap" --address "$host_ip/24" >&2
+  step "creating the VM $vm"
+  outboard vm create "$vm" --vcpus 1 --memory 512M --kernel "$images/debian-vmlinuz" \
+    --initramfs "$images/debian-initrd.img" \
+    --cmdline "console=ttyS0 root=/dev/vda rw quiet systemd.hostname=$vm ip=$guest_ip::$host_ip:255.255.255.0:$vm::off" \
+    --disk "path=$disks/$vm.img" --nic "network=$network" >&2
+}
+
+# await_login: reads the console from the start of its history until the login prompt. What it said is in $run/console.
+await_login() {
+  local reader status=1 deadline=$((SECONDS + 300))
+  mkdir -p "$run"
+  # Open for reading and writing, so that the console's input never ends.
+  rm -f "$run/input" && mkfifo "$run/input"
+  outboard vm console "$vm" <>"$run/input" >"$run/console" 2>"$run/console.err" &
+  reader=$!
+  while ((SECONDS < deadline)); do
+    if grep -aq "$vm login:" "$run/console"; then
+      status=0 && break
+    elif ! kill -0 "$reader" 2>/dev/null; then
+      cat "$run/console.err"
+      break
+    fi
+    sleep 0.3
+  done
+  kill "$reader" 2>/dev/null || true
+  wait "$reader" 2>/dev/null || true
+  [[ $status -eq 0 ]] || tail -c 2000 "$run/console"
+  return "$status"
+}
+
+ensure_vm() {
+  if ! vm_exists; then
+    create_vm
+  elif ! outboard vm show "$vm" --output json | grep -q '"state": *"running"'; then
+    step "starting the VM $vm"
+    outboard vm start "$vm" >&2
+  fi
+  with_progress "waiting for the VM's login prompt" await_login ||
+    die "the VM $vm did not come to its login prompt" "see: $(outboard_path) vm console $vm"
+}
+
+quickstart_up() {
+  ensure_programs
+  ensure_guest
+  start_services
+  wait_for_controller
+  ensure_vm
+  outboard vm ls
+  cat <<END
+
+${bold}The VM $vm runs.${plain} Its disk is served by the storage card, its network by the network card.
+  its console      $(outboard_path) vm console $vm     (log in as root, no password)
+  its network      ping $guest_ip
+  stop, start      $(outboard_path) vm stop $vm; $(outboard_path) vm start $vm
+  all commands     $(outboard_path) --help
+  clean up         $0 --down
+END
+}
+
+# other_vms: the number of VMs that are not quickstart's.
+other_vms() { outboard vm ls --output json | grep '"name"' | grep -vc "\"$vm\"" || true; }
+
+quickstart_down() {
+  local name others=0
+  [[ -n $from ]] || from=$top/target/release
+  if outboard vm ls >/dev/null 2>&1; then
+    ! vm_exists || outboard vm rm "$vm" --force >&2
+    ! outboard network ls --output json | grep -q "\"$network\"" || outboard network rm "$network" >&2
+    others=$(other_vms)
+  fi
+  rm -f "$disks/$vm.img" "$images"/debian-{vmlinuz,initrd.img}
+  if ((others > 0)); then
+    warn "the services stay: $others other VM(s) use them"
+  elif under_systemd; then
+    [[ ! -e $mark ]] || "$here/uninstall" --force --purge
+  else
+    for name in outboard-mgmt offload-blk offload-net; do
+      [[ ! -e $run/$name.pid ]] || kill "$(<"$run/$name.pid")" 2>/dev/null || true
+    done
+  fi
+  rm -rf "$run"
+  say "$vm is gone"
+}
+
+# expect TEXT COMMAND...: an assertion of --check.
+expect() {
+  local text=$1 said
+  shift
+  if said=$("$@" 2>&1); then
+    printf 'ok    %s\n' "$text"
+  else
+    printf 'FAIL  %s\n%s\n' "$text" "$said"
+    failures=$((failures + 1))
+  fi
+}
+
+not() { ! "$@"; }
+
+quickstart_check() {
+  local start id
+  failures=0
+  trap 'quickstart_down >/dev/null 2>&1 || true' EXIT
+  quickstart_up
+  id() { outboard vm show "$vm" --output json | grep -E '"(id|hypervisor_pid)"'; }
+  expect "the VM is running" grep -q '"state": *"running"' <(outboard vm show "$vm" --output json)
+  expect "its console shows a login prompt" grep -aq "$vm login:" "$run/console"
+  expect "its root file system is the virtio disk" grep -aq 'root=/dev/vda' <(outboard vm show "$vm" --output json)
+  expect "it answers on its network" ping -q -c 3 -W 5 "$guest_ip"
+  start=$SECONDS
+  before=$(id)
+  quickstart_up >/dev/null
+  expect "a second run takes less than 30 s ($((SECONDS - start)) s)" test $((SECONDS - start)) -lt 30
+  expect "a second run leaves the VM alone" test "$before" = "$(id)"
+  quickstart_down
+  trap - EXIT
+  expect "nothing runs any more" not pgrep -x 'outboard-mgmt|outboard-hyperv|offload-blk|offload-net'
+  expect "nothing is left on disk" not ls "$disks/$vm.img"
+  expect "the TAP is gone" not ip link show "$tap"
+  [[ $failures -eq 0 ]] || die "$failures check(s) failed"
+  say "${green}quickstart works${plain}"
+}
+
+# What the lab host needs of this checkout, as options of `lab`.
+lab_puts() {
+  local name
+  printf '%s\n' --put "$here:/root/outboard/deploy"
+  for name in "${binaries[@]}"; do printf '%s\n' --put "$from/$name:/root/outboard/bin/$name"; done
+}
+
+# The command line that goes on with quickstart inside the lab host.
+lab_inside='/root/outboard/deploy/quickstart --here --from /root/outboard/bin --guest /root/guest'
+
+lab_up() {
+  local lab=$top/tests/lab/lab puts
+  ensure_programs
+  if ! "$lab" exec --name quickstart true 2>/dev/null; then
+    mapfile -t puts < <(lab_puts)
+    "$lab" up --name quickstart "${puts[@]}"
+  fi
+  "$lab" exec --name quickstart "set -o pipefail; $lab_inside | sed '/^  clean up/d'"
+  cat <<END
+
+${bold}It runs in the lab${plain}, so put this before these commands:   $lab shell --name quickstart
+  for example                         $lab shell --name quickstart outboard vm console $vm
+  a root shell in the lab's host      $lab shell --name quickstart
+  clean up                            $0 --down
+END
+}
+
+lab_check() {
+  local lab=$top/tests/lab/lab puts scratch status=0
+  ensure_programs
+  mapfile -t puts < <(lab_puts)
+  scratch=$(mktemp -d)
+  printf '#!/bin/sh\nexec %s --check\n' "$lab_inside" >"$scratch/quickstart-check.sh"
+  "$lab" run "${puts[@]}" "$scratch/quickstart-check.sh" || status=$?
+  rm -rf "$scratch"
+  return "$status"
+}
