@@ -1,0 +1,136 @@
+//! A card process under test.
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use proto::v1::card_client::CardClient;
+use proto::v1::network_card_client::NetworkCardClient;
+use proto::v1::{
+    BlockDeviceSpec, CreateDeviceRequest, CreateNetworkRequest, Device, DeviceSpec, GetCardStatsRequest,
+    IdentifyRequest, NetDeviceSpec, NetworkSpec, QueueStats, device_spec,
+};
+use tokio::runtime::Runtime;
+use tonic::Status;
+use tonic::transport::{Channel, Endpoint};
+
+use crate::process::Process;
+use crate::{SOON, binary, wait_until};
+
+/// A channel to a Unix socket; dials when first used, and again whenever it has broken.
+pub fn channel(runtime: &Runtime, socket: &Path) -> Channel {
+    let _guard = runtime.enter();
+    let uri = format!("unix:{}", socket.display());
+    Endpoint::from_shared(uri).expect("socket uri").timeout(SOON).connect_lazy()
+}
+
+/// A card process: may be killed and started again in the same runtime directory.
+pub struct Card {
+    runtime: Runtime,
+    program: &'static str,
+    dir: PathBuf,
+    process: Process,
+    channel: Channel,
+}
+
+impl Card {
+    /// Starts `offload-blk` or `offload-net` with its control socket and runtime directory below `dir`.
+    pub fn start(program: &'static str, dir: &Path) -> Self {
+        let runtime = crate::runtime();
+        let dir = dir.join(program);
+        std::fs::create_dir_all(&dir).expect("runtime directory");
+        let process = Self::spawn(program, &dir);
+        let channel = channel(&runtime, &dir.join("control.sock"));
+        let card = Self { runtime, program, dir, process, channel };
+        card.wait_ready();
+        card
+    }
+
+    fn spawn(program: &str, dir: &Path) -> Process {
+        let mut command = Command::new(binary(program));
+        command.arg("--control").arg(dir.join("control.sock")).arg("--runtime-dir").arg(dir);
+        Process::spawn(&mut command, &dir.join("log"))
+    }
+
+    fn wait_ready(&self) {
+        wait_until("the card to answer", SOON, || {
+            self.runtime.block_on(CardClient::new(self.channel.clone()).identify(IdentifyRequest {})).is_ok()
+        });
+    }
+
+    /// The control socket.
+    pub fn control_socket(&self) -> PathBuf {
+        self.dir.join("control.sock")
+    }
+
+    /// The process.
+    pub fn process(&mut self) -> &mut Process {
+        &mut self.process
+    }
+
+    /// SIGKILL; it stays dead until [`Card::restart`].
+    pub fn kill9(&mut self) {
+        self.process.kill9();
+    }
+
+    /// Starts it again where it was; returns when it answers.
+    pub fn restart(&mut self) {
+        self.process = Self::spawn(self.program, &self.dir);
+        self.wait_ready();
+    }
+
+    fn create(&self, spec: DeviceSpec) -> Result<Device, Status> {
+        let request = CreateDeviceRequest { spec: Some(spec), validate_only: false };
+        let answer = self.runtime.block_on(CardClient::new(self.channel.clone()).create_device(request));
+        answer.map(tonic::Response::into_inner)
+    }
+
+    /// Makes a virtio-blk device.
+    pub fn create_block(&self, id: &str, spec: BlockDeviceSpec) -> Result<Device, Status> {
+        self.create(DeviceSpec { id: id.to_owned(), kind: Some(device_spec::Kind::Block(spec)) })
+    }
+
+    /// A virtio-blk device on `image`.
+    pub fn block(&self, id: &str, image: &Path, queues: u32) -> Device {
+        let path = image.to_str().expect("path").to_owned();
+        self.create_block(id, BlockDeviceSpec { path, queues, ..Default::default() })
+            .expect("create block device")
+    }
+
+    /// Makes a network, with a TAP that has `address` on the host's side if both are given.
+    pub fn network(&self, id: &str, tap: &str, address: &str) {
+        let spec = NetworkSpec {
+            id: id.to_owned(),
+            tap: tap.to_owned(),
+            host_addresses: if address.is_empty() { vec![] } else { vec![address.to_owned()] },
+            mtu: 0,
+        };
+        let request = CreateNetworkRequest { spec: Some(spec), ..Default::default() };
+        self.runtime
+            .block_on(NetworkCardClient::new(self.channel.clone()).create_network(request))
+            .expect("create network");
+    }
+
+    /// A virtio-net device in `network`; the last byte of its MAC is `n`.
+    pub fn nic(&self, id: &str, network: &str, n: u8) -> Device {
+        let spec = NetDeviceSpec { network: network.to_owned(), mac: mac(n).to_vec(), ..Default::default() };
+        let kind = Some(device_spec::Kind::Net(spec));
+        self.create(DeviceSpec { id: id.to_owned(), kind }).expect("create network device")
+    }
+
+    /// A device's counters, per queue.
+    pub fn queue_stats(&self, device: &str) -> Vec<QueueStats> {
+        let request = GetCardStatsRequest { device_id: device.to_owned() };
+        let stats = self.runtime.block_on(CardClient::new(self.channel.clone()).get_stats(request));
+        stats.expect("card statistics").into_inner().devices.swap_remove(0).queues
+    }
+
+    /// Requests a device has taken, over all queues.
+    pub fn requests(&self, device: &str) -> u64 {
+        self.queue_stats(device).iter().map(|q| q.requests).sum()
+    }
+}
+
+/// The MAC address that [`Card::nic`] gives.
+pub fn mac(n: u8) -> [u8; 6] {
+    [0x02, 0, 0, 0, 0x0b, n]
+}

@@ -1,0 +1,154 @@
+//! Foreign peers from Debian's QEMU: another front-end for our cards, another back-end for our slots.
+
+use std::io::Read;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+
+use proto::v1::{Device, SlotConfig};
+
+use crate::guest::Reports;
+use crate::process::Process;
+use crate::{SOON, binary, wait_until};
+
+/// A QEMU that boots the bench guest with vhost-user devices.
+pub struct Qemu {
+    child: Child,
+    /// What the guest said.
+    pub reports: Reports,
+    log: PathBuf,
+}
+
+impl Qemu {
+    /// Boots with each device plugged in by `-device KIND,...`: `vhost-user-blk-pci` or `virtio-net-pci` on a vhost-user
+    /// netdev, as its virtio id says.
+    pub fn boot(dir: &Path, cmdline: &str, devices: &[&Device]) -> Self {
+        let log = dir.join("qemu.log");
+        let mut command = Command::new("qemu-system-x86_64");
+        command.args([
+            "-enable-kvm",
+            "-cpu",
+            "host,migratable=off,-arch-capabilities",
+            "-smp",
+            "1",
+            "-m",
+            "128",
+        ]);
+        // Guest RAM must be shared with the card.
+        command.args([
+            "-object",
+            "memory-backend-memfd,id=ram,size=128M,share=on",
+            "-M",
+            "q35,memory-backend=ram",
+        ]);
+        command.args([
+            "-nodefaults",
+            "-no-user-config",
+            "-display",
+            "none",
+            "-serial",
+            "stdio",
+            "-no-reboot",
+        ]);
+        command.arg("-kernel").arg(binary("bench-guest")).args(["-append", cmdline]);
+        for (n, device) in devices.iter().enumerate() {
+            command.args(["-chardev", &format!("socket,id=c{n},path={},reconnect=1", device.socket_path)]);
+            match device.virtio_device_id {
+                2 => {
+                    let queues = device.queues;
+                    command
+                        .args(["-device", &format!("vhost-user-blk-pci,chardev=c{n},num-queues={queues}")]);
+                }
+                1 => {
+                    let spec = device.spec.as_ref().and_then(|s| s.kind.as_ref());
+                    let Some(proto::v1::device_spec::Kind::Net(spec)) = spec else {
+                        panic!("no network device")
+                    };
+                    let mac: Vec<_> = spec.mac.iter().map(|b| format!("{b:02x}")).collect();
+                    let mac = mac.join(":");
+                    command.args(["-netdev", &format!("vhost-user,id=n{n},chardev=c{n}")]);
+                    command.args([
+                        "-device",
+                        &format!("virtio-net-pci,netdev=n{n},mac={mac},disable-legacy=on,rombar=0"),
+                    ]);
+                }
+                other => panic!("no QEMU device for virtio id {other}"),
+            }
+        }
+        let stderr = std::fs::File::create(&log).expect("log file");
+        command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(stderr);
+        let mut child = command.spawn().expect("start qemu-system-x86_64 (package qemu-system-x86)");
+        let mut stdout = child.stdout.take().expect("stdout");
+        let reports = Reports::default();
+        let feed = reports.clone();
+        std::thread::spawn(move || {
+            let mut buffer = [0; 4096];
+            while let Ok(n @ 1..) = stdout.read(&mut buffer) {
+                feed.feed(&buffer[..n]);
+            }
+            feed.close();
+        });
+        Self { child, reports, log }
+    }
+}
+
+impl Drop for Qemu {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+        if std::thread::panicking() {
+            eprintln!("--- qemu\n{}", std::fs::read_to_string(&self.log).unwrap_or_default());
+        }
+    }
+}
+
+/// `qemu-storage-daemon` exporting a raw image by vhost-user-blk.
+pub struct StorageDaemon {
+    /// The process.
+    pub process: Process,
+    socket: PathBuf,
+    queues: u32,
+    image: PathBuf,
+    dir: PathBuf,
+}
+
+impl StorageDaemon {
+    /// Starts it.
+    pub fn start(dir: &Path, image: &Path, queues: u32) -> Self {
+        let socket = dir.join("qsd.sock");
+        let process = Self::spawn(dir, image, &socket, queues);
+        Self { process, socket, queues, image: image.to_owned(), dir: dir.to_owned() }
+    }
+
+    fn spawn(dir: &Path, image: &Path, socket: &Path, queues: u32) -> Process {
+        let mut command = Command::new("qemu-storage-daemon");
+        command.args(["--blockdev", &format!("driver=file,node-name=file,filename={}", image.display())]);
+        command.args([
+            "--export",
+            &format!(
+                "type=vhost-user-blk,id=e,node-name=file,writable=on,num-queues={queues},addr.type=unix,addr.path={}",
+                socket.display()
+            ),
+        ]);
+        let _ = std::fs::remove_file(socket);
+        let process = Process::spawn(&mut command, &dir.join("qsd.log"));
+        wait_until("qemu-storage-daemon's socket", SOON, || socket.exists());
+        process
+    }
+
+    /// SIGKILL, and starts it again.
+    pub fn kill9_and_restart(&mut self) {
+        self.process.kill9();
+        self.process = Self::spawn(&self.dir, &self.image, &self.socket, self.queues);
+    }
+
+    /// The slot for it.
+    pub fn slot(&self) -> SlotConfig {
+        SlotConfig {
+            id: "foreign".to_owned(),
+            socket_path: self.socket.to_str().expect("path").to_owned(),
+            virtio_device_id: 2,
+            queues: self.queues,
+            ..Default::default()
+        }
+    }
+}

@@ -1,0 +1,139 @@
+//! VMs whose network lives in the network card: frames between VMs and with the host, and the card's death.
+
+use std::net::UdpSocket;
+use std::time::Duration;
+
+use e2e::card::Card;
+use e2e::vm::{Vm, config, slot};
+use e2e::{SOON, enter_new_network_namespace, temp_dir, wait_until};
+
+#[test]
+fn two_vms_exchange_frames_without_userspace_exits() {
+    enter_new_network_namespace();
+    let dir = temp_dir();
+    let card = Card::start("offload-net", dir.path());
+    card.network("lan", "", "");
+    let job = |own: u8, peer: u8| {
+        format!(
+            "job=net-exchange ip=10.9.0.{own} peer=10.9.0.{peer} count=200000 size=1400 window=64 mode=irq timeout=30"
+        )
+    };
+    let first = card.nic("a", "lan", 1);
+    let second = card.nic("b", "lan", 2);
+    let mut a = Vm::boot(dir.path(), config("a", &job(1, 2), vec![slot("nic0", &first)]));
+    let b = Vm::boot(dir.path(), config("b", &job(2, 1), vec![slot("nic0", &second)]));
+    a.reports.wait("io_begin", SOON);
+    let start = card.requests("a");
+    wait_until("frames to flow", SOON, || card.requests("a") > start + 1000);
+    let before = a.stats();
+    let frames_before = card.requests("a");
+    std::thread::sleep(Duration::from_millis(500));
+    let frames = card.requests("a") - frames_before;
+    let after = a.stats();
+    assert!(a.reports.all("io_end").is_empty(), "both samples lie in the I/O phase");
+    assert!(frames > 500, "frames flowed between the samples: {frames}");
+    assert_eq!(after.userspace_exits_total, before.userspace_exits_total, "{before:#?} {after:#?}");
+    for vm in [&a, &b] {
+        let results = vm.reports.finish(Duration::from_secs(120));
+        assert_eq!((&results[0]["corrupt"], &results[0]["rx"]), (&0.into(), &200_000.into()), "{results:#?}");
+    }
+}
+
+#[test]
+fn a_vm_and_the_host_exchange_frames_through_the_tap() {
+    enter_new_network_namespace();
+    let dir = temp_dir();
+    let card = Card::start("offload-net", dir.path());
+    card.network("lan", "obtest0", "10.9.0.254/24");
+    let device = card.nic("a", "lan", 1);
+    let job = "job=net-echo ip=10.9.0.1 count=100 secs=60 job=net-pingpong ip=10.9.0.1 peer=10.9.0.254 port=9000 count=200";
+    let vm = Vm::boot(dir.path(), config("a", job, vec![slot("nic0", &device)]));
+    vm.reports.wait("io_begin", SOON);
+
+    // The host asks, the guest answers.
+    let host = UdpSocket::bind("10.9.0.254:0").expect("bind on the TAP's address");
+    host.set_read_timeout(Some(Duration::from_millis(500))).expect("socket time-out");
+    let mut answered = 0u32;
+    let mut buffer = [0; 2048];
+    wait_until("100 answers of the guest", SOON, || {
+        let payload = vec![answered as u8; 1000];
+        let _ = host.send_to(&payload, "10.9.0.1:7");
+        if let Ok((n, _)) = host.recv_from(&mut buffer) {
+            assert_eq!(&buffer[..n], &payload[..], "the echo came back changed");
+            answered += 1;
+        }
+        answered == 100
+    });
+
+    // The guest asks, the host answers.
+    let echo = UdpSocket::bind("10.9.0.254:9000").expect("bind on the TAP's address");
+    std::thread::spawn(move || {
+        let mut buffer = [0; 2048];
+        while let Ok((n, peer)) = echo.recv_from(&mut buffer) {
+            let _ = echo.send_to(&buffer[..n], peer);
+        }
+    });
+    let results = vm.reports.finish(Duration::from_secs(60));
+    assert_eq!((&results[1]["corrupt"], &results[1]["rx"]), (&0.into(), &200.into()), "{results:#?}");
+
+    // The TAP is the card's, and the card's alone.
+    let files = vm.open_files();
+    assert!(!files.iter().any(|f| f.contains("/dev/net/tun")), "the hypervisor has a TAP open: {files:?}");
+}
+
+#[test]
+fn kill9_of_the_card_does_not_break_an_exchange() {
+    enter_new_network_namespace();
+    let dir = temp_dir();
+    let mut card = Card::start("offload-net", dir.path());
+    card.network("lan", "obtest1", "10.9.0.254/24");
+    let job = |own: u8, peer: u8| {
+        format!(
+            "job=net-exchange ip=10.9.0.{own} peer=10.9.0.{peer} count=100000 size=1400 mode=irq timeout=60"
+        )
+    };
+    let first = card.nic("a", "lan", 1);
+    let second = card.nic("b", "lan", 2);
+    let a = Vm::boot(dir.path(), config("a", &job(1, 2), vec![slot("nic0", &first)]));
+    let b = Vm::boot(dir.path(), config("b", &job(2, 1), vec![slot("nic0", &second)]));
+    a.reports.wait("io_begin", SOON);
+    b.reports.wait("io_begin", SOON);
+    for n in 0..5 {
+        wait_until("frames after the start", SOON, || card.requests("a") > 500);
+        assert!(a.reports.all("io_end").is_empty(), "the exchange ended before kill {n}");
+        card.kill9();
+        card.restart();
+    }
+    for vm in [&a, &b] {
+        let results = vm.reports.finish(Duration::from_secs(180));
+        assert_eq!(
+            (&results[0]["corrupt"], &results[0]["needs_reset"]),
+            (&0.into(), &false.into()),
+            "{results:#?}"
+        );
+        println!(
+            "5 kills; longest pause {} us, {} frames sent again",
+            results[0]["max_gap_us"], results[0]["retransmits"]
+        );
+    }
+}
+
+#[test]
+fn networks_are_apart() {
+    enter_new_network_namespace();
+    let dir = temp_dir();
+    let card = Card::start("offload-net", dir.path());
+    card.network("red", "", "");
+    card.network("blue", "", "");
+    let (red, blue) = (card.nic("a", "red", 1), card.nic("b", "blue", 2));
+    let send = "job=net-send ip=10.9.0.1 peer=10.9.0.2 peer_mac=02:00:00:00:0b:02 count=1000 wait=serial";
+    let recv = "job=net-recv ip=10.9.0.2 count=1 min=0 timeout=3 secs=3";
+    let b = Vm::boot(dir.path(), config("b", recv, vec![slot("nic0", &blue)]));
+    let a = Vm::boot(dir.path(), config("a", send, vec![slot("nic0", &red)]));
+    b.reports.wait("io_begin", SOON);
+    a.reports.wait("waiting", SOON);
+    a.type_in(b"\n");
+    a.reports.finish(SOON);
+    let results = b.reports.finish(SOON);
+    assert_eq!((&results[0]["rx"], &results[0]["other"]), (&0.into(), &0.into()), "{results:#?}");
+}

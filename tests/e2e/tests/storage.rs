@@ -1,0 +1,238 @@
+//! A VM whose disk lives in the storage card: data, exits, file descriptors, and the card's death.
+
+use std::time::Duration;
+
+use e2e::card::Card;
+use e2e::vm::{Vm, config, slot};
+use e2e::{SOON, image, temp_dir, wait_until};
+
+const JOB: &str = "job=blk-verify bytes=64M queues=2 qd=32 timeout=60";
+
+#[test]
+fn patterned_reads_and_writes_through_two_queues_verify() {
+    let dir = temp_dir();
+    let card = Card::start("offload-blk", dir.path());
+    let disk = image(dir.path(), "disk.img", 64 << 20);
+    let device = card.block("disk0", &disk, 2);
+    let mut vm = Vm::boot(dir.path(), config("vm", JOB, vec![slot("disk0", &device)]));
+    let results = vm.reports.finish(Duration::from_secs(120));
+    assert_eq!(results[0]["bytes"], 2 * (64 << 20), "written once, read once: {results:#?}");
+    assert_eq!((&results[0]["errors"], &results[0]["mismatches"]), (&0.into(), &0.into()));
+    let queues = card.queue_stats("disk0");
+    assert!(
+        queues.len() == 2 && queues.iter().all(|q| q.requests > 1000),
+        "both queues carry the load: {queues:?}"
+    );
+    assert_eq!(vm.stats().data_path_exits, 0);
+
+    // The data is really in the file: every sector was written.
+    let content = std::fs::read(&disk).expect("read image");
+    let untouched = content.chunks(4096).filter(|block| block.iter().all(|&b| b == 0)).count();
+    assert_eq!(untouched, 0, "blocks that never reached the file");
+}
+
+/// Invariant 1: while I/O flows, nothing at all brings a vCPU back to the hypervisor.
+fn no_userspace_exits(mode: &str) {
+    let dir = temp_dir();
+    let card = Card::start("offload-blk", dir.path());
+    let device = card.block("disk0", &image(dir.path(), "disk.img", 64 << 20), 2);
+    let job = format!("job=blk-verify bytes=16M queues=2 qd=8 verify=mixed secs=3 mode={mode}");
+    let mut vm = Vm::boot(dir.path(), config("vm", &job, vec![slot("disk0", &device)]));
+    vm.reports.wait("io_begin", SOON);
+    // The guest's own last serial writes have left the vCPU when requests are flowing.
+    let start = card.requests("disk0");
+    wait_until("requests to flow", SOON, || card.requests("disk0") > start + 100);
+    let before = vm.stats();
+    let requests_before = card.requests("disk0");
+    std::thread::sleep(Duration::from_millis(1500));
+    let requests = card.requests("disk0") - requests_before;
+    let after = vm.stats();
+    assert!(vm.reports.all("io_end").is_empty(), "both samples lie in the I/O phase");
+    assert!(requests > 500, "I/O flowed between the samples: {requests}");
+    let exits = after.userspace_exits_total - before.userspace_exits_total;
+    assert_eq!(exits, 0, "{requests} requests, {exits} exits: {before:#?} {after:#?}");
+    vm.reports.finish(Duration::from_secs(60));
+}
+
+#[test]
+fn polling_guest_causes_no_userspace_exits() {
+    no_userspace_exits("poll");
+}
+
+#[test]
+fn interrupt_driven_guest_causes_no_userspace_exits() {
+    no_userspace_exits("irq");
+}
+
+#[test]
+fn the_hypervisor_holds_no_disk() {
+    let dir = temp_dir();
+    let card = Card::start("offload-blk", dir.path());
+    let device = card.block("disk0", &image(dir.path(), "disk.img", 1 << 20), 1);
+    let mut vm = Vm::boot(dir.path(), config("vm", "job=idle", vec![slot("disk0", &device)]));
+    vm.reports.wait("boot", SOON);
+    let files = vm.open_files();
+    for file in &files {
+        let allowed = ["/dev/kvm", "/dev/null", "/memfd:", "anon_inode:", "socket:", "pipe:"];
+        let log = file.ends_with(".log");
+        assert!(
+            log || allowed.iter().any(|a| file.starts_with(a)),
+            "the hypervisor has {file} open: {files:?}"
+        );
+    }
+    vm.process().kill9();
+}
+
+/// Invariant 3, in short: the card is killed again and again, at instants that have nothing to do with the I/O, and the
+/// guest's job completes and verifies.
+fn survives_kill9_of_the_card(kills: u32, job: &str) {
+    let dir = temp_dir();
+    let mut card = Card::start("offload-blk", dir.path());
+    let device = card.block("disk0", &image(dir.path(), "disk.img", 64 << 20), 2);
+    let mut vm = Vm::boot(dir.path(), config("vm", job, vec![slot("disk0", &device)]));
+    vm.reports.wait("io_begin", SOON);
+    for n in 0..kills {
+        wait_until("requests after the start", SOON, || card.requests("disk0") > 200);
+        std::thread::sleep(Duration::from_micros(u64::from(n) * 7919 % 20_000));
+        assert!(vm.reports.all("io_end").is_empty(), "the I/O phase ended before kill {n}");
+        card.kill9();
+        card.restart();
+    }
+    let results = vm.reports.finish(Duration::from_secs(180));
+    let result = &results[0];
+    assert_eq!((&result["errors"], &result["mismatches"]), (&0.into(), &0.into()), "{result}");
+    assert_eq!(result["needs_reset"], false, "{result}");
+    assert!(vm.info().slots[0].reconnects >= u64::from(kills));
+    println!("{kills} kills; longest pause {} us; kicks {}", result["max_gap_us"], result["kicks"]);
+}
+
+#[test]
+fn kill9_of_the_card_under_a_polling_guest_loses_nothing() {
+    survives_kill9_of_the_card(20, "job=blk-verify bytes=64M queues=2 qd=32 verify=mixed secs=15 timeout=60");
+}
+
+#[test]
+fn kill9_of_the_card_under_an_interrupt_driven_guest_loses_nothing() {
+    survives_kill9_of_the_card(
+        10,
+        "job=blk-verify bytes=32M queues=2 qd=32 verify=mixed secs=10 mode=irq timeout=60",
+    );
+}
+
+#[test]
+fn a_dead_card_does_not_lock_the_vm_out() {
+    let dir = temp_dir();
+    let mut card = Card::start("offload-blk", dir.path());
+    let device = card.block("disk0", &image(dir.path(), "disk.img", 64 << 20), 1);
+    let job = "job=blk-verify bytes=16M qd=4 verify=mixed secs=600 timeout=600";
+    let mut vm = Vm::boot(dir.path(), config("vm", job, vec![slot("disk0", &device)]));
+    vm.reports.wait("io_begin", SOON);
+    card.kill9();
+    vm.wait_event("link lost", SOON, |e| {
+        matches!(e, proto::v1::hypervisor_event::Event::Link(l) if l.state() == proto::v1::LinkState::Lost)
+            .then_some(())
+    });
+    vm.shutdown(proto::v1::ShutdownMode::Immediate).expect("shut down with a dead card");
+    assert!(vm.process().wait(Duration::from_secs(2)).success());
+}
+
+#[test]
+fn a_hung_card_does_not_lock_the_vm_out() {
+    let dir = temp_dir();
+    let mut card = Card::start("offload-blk", dir.path());
+    let device = card.block("disk0", &image(dir.path(), "disk.img", 64 << 20), 1);
+    let job = "job=blk-verify bytes=16M qd=4 verify=mixed secs=600 timeout=600";
+    let mut vm = Vm::boot(dir.path(), config("vm", job, vec![slot("disk0", &device)]));
+    vm.reports.wait("io_begin", SOON);
+    card.process().signal(nix::sys::signal::Signal::SIGSTOP);
+    vm.shutdown(proto::v1::ShutdownMode::Immediate).expect("shut down with a hung card");
+    assert!(vm.process().wait(Duration::from_secs(5)).success());
+}
+
+#[test]
+fn a_guest_that_breaks_the_rules_hurts_only_its_own_device() {
+    let dir = temp_dir();
+    let card = Card::start("offload-blk", dir.path());
+    let bad = card.block("bad", &image(dir.path(), "bad.img", 1 << 20), 1);
+    let good = card.block("good", &image(dir.path(), "good.img", 16 << 20), 1);
+    let other = Vm::boot(
+        dir.path(),
+        config(
+            "other",
+            "job=blk-verify bytes=16M qd=8 verify=mixed secs=8 timeout=30",
+            vec![slot("disk0", &good)],
+        ),
+    );
+    let vm = Vm::boot(dir.path(), config("vm", "job=blk-malformed timeout=2", vec![slot("disk0", &bad)]));
+    vm.reports.wait("done", Duration::from_secs(120));
+    let cases = vm.reports.all("case");
+    assert!(!cases.is_empty());
+    for case in &cases {
+        // Each is answered, or breaks this device alone; none hangs.
+        let answered = case["status"] != 255 || case["used_len"] != -1;
+        assert!(answered || case["needs_reset"] == true, "neither answered nor broken: {case}");
+    }
+    // What is well-formed but cannot be done has its own status (VirtIO 1.3 section 5.2.6): 1 IOERR, 2 UNSUPP.
+    for (name, status) in [
+        ("past-end", 1),
+        ("crossing-end", 1),
+        ("write-crossing-end", 1),
+        ("sector-wraps", 1),
+        ("unknown-type", 2),
+    ] {
+        let case = cases.iter().find(|c| c["case"] == name).expect("the case ran");
+        assert_eq!((&case["status"], &case["alive"]), (&status.into(), &true.into()), "{case}");
+    }
+    other.reports.finish(Duration::from_secs(60));
+}
+
+#[test]
+fn a_read_only_disk_stays_as_it_is() {
+    let dir = temp_dir();
+    let card = Card::start("offload-blk", dir.path());
+    let disk = image(dir.path(), "disk.img", 8 << 20);
+    let device = card.block("disk0", &disk, 1);
+    let vm = Vm::boot(
+        dir.path(),
+        config("writer", "job=blk-verify bytes=8M qd=8 seed=7", vec![slot("d", &device)]),
+    );
+    vm.reports.finish(Duration::from_secs(60));
+    drop(vm);
+    let before = std::fs::read(&disk).expect("read image");
+    let spec = proto::v1::BlockDeviceSpec {
+        path: disk.to_str().expect("path").to_owned(),
+        read_only: true,
+        ..Default::default()
+    };
+    drop(card);
+    let ro = temp_dir();
+    let card = Card::start("offload-blk", ro.path());
+    let device = card.create_block("disk0", spec).expect("read-only device");
+    let job = "job=blk-verify verify=read bytes=8M qd=8 seed=7 job=blk-malformed cases=write";
+    let vm = Vm::boot(ro.path(), config("reader", job, vec![slot("d", &device)]));
+    vm.reports.finish(Duration::from_secs(60));
+    assert_eq!(vm.reports.all("device")[0]["readonly"], true);
+    assert_eq!(vm.reports.all("case")[0]["status"], 1, "a write to a read-only disk is an I/O error");
+    assert!(std::fs::read(&disk).expect("read image") == before, "a read-only image changed");
+}
+
+#[test]
+fn a_socket_nobody_listens_on_is_named() {
+    let dir = temp_dir();
+    let mut vm = Vm::start(dir.path(), "vm");
+    let device = proto::v1::Device {
+        socket_path: dir.path().join("nobody.sock").to_str().expect("path").to_owned(),
+        virtio_device_id: 2,
+        queues: 1,
+        ..Default::default()
+    };
+    let error =
+        vm.configure(config("vm", "job=idle", vec![slot("disk0", &device)])).expect_err("nobody listens");
+    let error = proto::error::Error::from(error);
+    assert_eq!(error.reason(), proto::error::ErrorReason::DeviceUnreachable);
+    assert!(error.message().contains("nobody.sock"), "{error}");
+    // The process is as it was: a good configuration is taken.
+    vm.configure(config("vm", "job=idle", vec![])).expect("configure after an error");
+    vm.run();
+    vm.reports.wait("boot", SOON);
+}

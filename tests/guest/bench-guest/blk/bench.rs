@@ -1,0 +1,136 @@
+//! `blk-bench`: requests as fast as they go.
+
+use super::load::{Load, Source};
+use super::queue::{Op, Request};
+use super::{Disk, Sizing};
+use crate::stage::{Context, Job};
+use alloc::boxed::Box;
+use alloc::string::String;
+use alloc::vec;
+use alloc::vec::Vec;
+use guest::args::{self, Order};
+use guest::json::Object;
+use guest::pattern::{Random, SECTOR};
+
+struct Bench {
+    first_sector: u64,
+    block: u32,
+    blocks: u64,
+    writes: u8,
+    order: Order,
+    random: Random,
+    cursors: Vec<u64>,
+    queues: u64,
+    left: u64,
+    warmup: Option<u64>,
+    duration: Option<u64>,
+    /// End of the warm-up, then of the measurement.
+    deadline: Option<u64>,
+}
+
+/// Builds the job.
+pub(crate) fn bench<'c>(
+    context: &'c Context<'_>,
+    number: u32,
+    wanted: &args::Device<'_>,
+    args: &args::Bench,
+) -> Result<Box<dyn Job + 'c>, String> {
+    let load = &args.load;
+    let disk = Disk::open(context, number, wanted, Sizing { depth: load.depth, block: load.block as usize })?;
+    if disk.readonly && args.writes > 0 {
+        return Err(String::from("rw=: the disk is read-only"));
+    }
+    let sectors = super::region(&disk, load, None)?;
+    let queues = disk.queues.len() as u64;
+    let blocks = sectors.count / (u64::from(load.block) / SECTOR as u64);
+    let source = Bench {
+        first_sector: sectors.first,
+        block: load.block,
+        blocks,
+        writes: args.writes,
+        order: args.order,
+        random: Random::new(load.seed),
+        // Each queue its own stretch.
+        cursors: (0..queues).map(|queue| blocks / queues * queue).collect(),
+        queues,
+        left: load.ops.unwrap_or(u64::MAX),
+        warmup: (args.warmup_us > 0).then(|| context.clock.ticks(args.warmup_us)),
+        duration: load.micros.map(|micros| context.clock.ticks(micros)),
+        deadline: None,
+    };
+    let mut load = Load::new(disk, source, context.clock, wanted);
+    load.fill_data(args.load.seed);
+    Ok(Box::new(load))
+}
+
+impl Source for Bench {
+    fn next(&mut self, queue: usize, now: u64) -> Option<Request> {
+        if self.deadline.is_none() {
+            self.deadline = self.warmup.or(self.duration).map(|ticks| now + ticks);
+        }
+        let over = self.warmup.is_none() && self.deadline.is_some_and(|deadline| now >= deadline);
+        if self.left == 0 || over {
+            return None;
+        }
+        if self.warmup.is_none() {
+            self.left -= 1;
+        }
+        let block = match self.order {
+            Order::Random => self.random.below(self.blocks),
+            Order::Sequential => {
+                let block = self.cursors[queue] % self.blocks;
+                self.cursors[queue] = block + 1;
+                block
+            }
+        };
+        let op = match self.writes {
+            0 => Op::Read,
+            100 => Op::Write,
+            percent if self.random.below(100) < u64::from(percent) => Op::Write,
+            _ => Op::Read,
+        };
+        let sector = self.first_sector + block * (u64::from(self.block) / SECTOR as u64);
+        Some(Request { op, sector, len: self.block, tag: 0 })
+    }
+
+    /// The buffers were filled before: filling is not what is measured.
+    fn prepare(&mut self, _request: &Request, _data: &mut [u8]) {}
+
+    fn completed(&mut self, _request: &Request, _data: &[u8]) {}
+
+    fn failed(&mut self, _request: &Request) {}
+
+    fn more(&mut self, _now: u64) -> bool {
+        false
+    }
+
+    fn warm(&mut self, now: u64) -> bool {
+        let over = self.warmup.is_some() && self.deadline.is_some_and(|deadline| now >= deadline);
+        if over {
+            self.warmup = None;
+            self.deadline = self.duration.map(|ticks| now + ticks);
+        }
+        over
+    }
+
+    fn report(&self, event: Object) -> (Object, bool) {
+        (event.number("queue_count", self.queues), true)
+    }
+}
+
+impl Load<'_, Bench> {
+    /// Gives every buffer contents of its own.
+    fn fill_data(&mut self, seed: u64) {
+        let mut random = Random::new(seed);
+        let mut block = vec![0; 512];
+        for byte in &mut block {
+            *byte = random.word() as u8;
+        }
+        self.for_each_buffer(|buffer| {
+            for chunk in buffer.chunks_mut(512) {
+                chunk.copy_from_slice(&block[..chunk.len()]);
+            }
+            block.rotate_left(1);
+        });
+    }
+}

@@ -1,0 +1,376 @@
+//! `net-echo`, `net-send`, `net-recv`, `net-pingpong`.
+
+use super::station::{Counters, Datagram, Outbox, State, Talk, station};
+use crate::stage::{Context, Job};
+use crate::time::Clock;
+use alloc::boxed::Box;
+use alloc::string::String;
+use guest::args;
+use guest::frame::{Protocol, UDP_OVERHEAD};
+use guest::histogram::Histogram;
+use guest::json::Object;
+use guest::payload::{HEADER, Header, Kind};
+
+/// Frames sent in one turn, so that receiving gets its turn as well.
+const BURST: usize = 64;
+
+struct Echo {
+    count: u64,
+    ticks: u64,
+    start: u64,
+}
+
+/// Builds `net-echo`.
+pub(crate) fn echo<'c>(
+    context: &'c Context<'_>,
+    number: u32,
+    wanted: &args::Device<'_>,
+    net: &args::Net,
+    args: &args::Echo,
+) -> Result<Box<dyn Job + 'c>, String> {
+    let talk = Echo { count: args.count, ticks: context.clock.ticks(args.micros), start: 0 };
+    station(context, number, wanted, net, UDP_OVERHEAD + 1472, talk)
+}
+
+impl Talk for Echo {
+    fn begin(&mut self, now: u64) {
+        self.start = now;
+    }
+
+    fn receive(
+        &mut self,
+        now: u64,
+        datagram: &Datagram<'_>,
+        counters: &mut Counters,
+        out: &mut Outbox<'_, '_>,
+    ) -> bool {
+        if datagram.protocol != Protocol::Udp {
+            return false;
+        }
+        counters.received(now, datagram.payload.len());
+        let back = datagram.flow.reversed(datagram.flow.target_mac);
+        let payload = datagram.payload;
+        if out.send(&back, false, Protocol::Udp, payload.len(), |room| room.copy_from_slice(payload)) {
+            counters.tx += 1;
+            counters.tx_bytes += payload.len() as u64;
+        }
+        true
+    }
+
+    fn transmit(&mut self, _now: u64, _counters: &mut Counters, _out: &mut Outbox<'_, '_>) -> bool {
+        false
+    }
+
+    fn state(&mut self, now: u64, counters: &Counters) -> State {
+        let answered = counters.tx + counters.pings();
+        let over =
+            (self.count > 0 && answered >= self.count) || (self.ticks > 0 && now - self.start >= self.ticks);
+        if over { State::Over } else { State::Running }
+    }
+
+    fn progress(&self, _counters: &Counters) -> Option<u64> {
+        None
+    }
+
+    fn report(&mut self, event: Object, counters: &Counters, _clock: &Clock) -> (Object, bool) {
+        (event, self.count == 0 || counters.tx + counters.pings() >= self.count)
+    }
+}
+
+struct Send {
+    count: u64,
+    sent: u64,
+    size: usize,
+    seed: u64,
+    protocol: Protocol,
+    /// Ticks between frames; 0: none.
+    interval: u64,
+    ticks: u64,
+    start: Option<u64>,
+    clock: Clock,
+}
+
+/// Builds `net-send`.
+pub(crate) fn send<'c>(
+    context: &'c Context<'_>,
+    number: u32,
+    wanted: &args::Device<'_>,
+    net: &args::Net,
+    args: &args::Send,
+) -> Result<Box<dyn Job + 'c>, String> {
+    let size = usize::from(net.size.unwrap_or(1024));
+    let talk = Send {
+        count: args.count,
+        sent: 0,
+        size,
+        seed: net.seed,
+        protocol: args.protocol,
+        interval: (context.clock.khz() * 1000).checked_div(args.rate).unwrap_or(0),
+        ticks: context.clock.ticks(args.micros),
+        start: None,
+        clock: context.clock,
+    };
+    station(context, number, wanted, net, args.protocol.overhead() + size, talk)
+}
+
+impl Send {
+    fn expired(&self, now: u64) -> bool {
+        self.ticks > 0 && self.start.is_some_and(|start| now.saturating_sub(start) >= self.ticks)
+    }
+}
+
+impl Talk for Send {
+    fn receive(
+        &mut self,
+        _now: u64,
+        _datagram: &Datagram<'_>,
+        _counters: &mut Counters,
+        _out: &mut Outbox<'_, '_>,
+    ) -> bool {
+        false
+    }
+
+    fn transmit(&mut self, now: u64, counters: &mut Counters, out: &mut Outbox<'_, '_>) -> bool {
+        let Some(flow) = out.peer() else { return false };
+        // The time counts from the first frame, not from the search for the peer.
+        let start = *self.start.get_or_insert(now);
+        let allowed = match self.interval {
+            0 => self.count,
+            interval => ((now - start) / interval + 1).min(self.count),
+        };
+        let mut any = false;
+        for _ in 0..BURST {
+            if self.sent >= allowed || self.expired(now) {
+                break;
+            }
+            let header = Header { kind: Kind::Data, finished: false, sequence: self.sent, acknowledged: 0 };
+            let seed = self.seed;
+            if !out.send(&flow, true, self.protocol, self.size, |room| header.write(seed, room)) {
+                break;
+            }
+            any = true;
+            self.sent += 1;
+            counters.tx += 1;
+            counters.tx_bytes += self.size as u64;
+        }
+        any
+    }
+
+    fn state(&mut self, now: u64, _counters: &Counters) -> State {
+        if self.sent >= self.count || self.expired(now) { State::Over } else { State::Running }
+    }
+
+    fn progress(&self, _counters: &Counters) -> Option<u64> {
+        Some(self.sent)
+    }
+
+    fn patience(&self) -> u64 {
+        if self.interval > 0 { self.clock.micros(self.interval).clamp(100, 100_000) } else { 20_000 }
+    }
+
+    fn report(&mut self, event: Object, _counters: &Counters, _clock: &Clock) -> (Object, bool) {
+        (event, self.sent >= self.count || self.ticks > 0)
+    }
+}
+
+struct Receive {
+    count: u64,
+    min: u64,
+    port: u16,
+    seed: u64,
+    ticks: u64,
+    timeout: u64,
+    start: u64,
+    /// Next sequence number if nothing is lost.
+    expected: u64,
+}
+
+/// Builds `net-recv`.
+pub(crate) fn receive<'c>(
+    context: &'c Context<'_>,
+    number: u32,
+    wanted: &args::Device<'_>,
+    net: &args::Net,
+    args: &args::Receive,
+) -> Result<Box<dyn Job + 'c>, String> {
+    let talk = Receive {
+        count: args.count,
+        min: args.min,
+        port: net.port,
+        seed: net.seed,
+        ticks: context.clock.ticks(args.micros),
+        timeout: context.clock.ticks(wanted.timeout_us),
+        start: 0,
+        expected: 0,
+    };
+    station(context, number, wanted, net, UDP_OVERHEAD + 1472, talk)
+}
+
+impl Talk for Receive {
+    fn begin(&mut self, now: u64) {
+        self.start = now;
+    }
+
+    fn receive(
+        &mut self,
+        now: u64,
+        datagram: &Datagram<'_>,
+        counters: &mut Counters,
+        _out: &mut Outbox<'_, '_>,
+    ) -> bool {
+        let header = Header::parse(datagram.payload).filter(|header| header.kind == Kind::Data);
+        let Some(header) = header.filter(|_| datagram.flow.target_port == self.port) else { return false };
+        if !header.intact(self.seed, datagram.payload) {
+            counters.corrupt += 1;
+            return true;
+        }
+        counters.received(now, datagram.payload.len());
+        if header.sequence >= self.expected {
+            counters.lost += header.sequence - self.expected;
+            self.expected = header.sequence + 1;
+        } else {
+            // Late: it was counted as lost before. (A frame that comes twice looks the same from here.)
+            counters.reordered += 1;
+            counters.lost = counters.lost.saturating_sub(1);
+        }
+        true
+    }
+
+    fn transmit(&mut self, _now: u64, _counters: &mut Counters, _out: &mut Outbox<'_, '_>) -> bool {
+        false
+    }
+
+    fn state(&mut self, now: u64, counters: &Counters) -> State {
+        let since = counters.last().unwrap_or(self.start);
+        let over = counters.rx + counters.corrupt >= self.count
+            || (self.ticks > 0 && now.saturating_sub(self.start) >= self.ticks)
+            || now.saturating_sub(since) >= self.timeout;
+        if over { State::Over } else { State::Running }
+    }
+
+    fn progress(&self, _counters: &Counters) -> Option<u64> {
+        None
+    }
+
+    fn report(&mut self, event: Object, counters: &Counters, _clock: &Clock) -> (Object, bool) {
+        (event, counters.rx >= self.min && counters.corrupt == 0)
+    }
+}
+
+struct PingPong {
+    count: u64,
+    size: usize,
+    seed: u64,
+    ticks: u64,
+    retry: u64,
+    retry_us: u64,
+    start: Option<u64>,
+    /// Number of the request that waits for its answer, and when it was sent.
+    waiting: Option<(u64, u64)>,
+    next: u64,
+    again: bool,
+    times: Histogram,
+    lost: u64,
+}
+
+/// Builds `net-pingpong`.
+pub(crate) fn ping_pong<'c>(
+    context: &'c Context<'_>,
+    number: u32,
+    wanted: &args::Device<'_>,
+    net: &args::Net,
+    args: &args::PingPong,
+) -> Result<Box<dyn Job + 'c>, String> {
+    let size = usize::from(net.size.unwrap_or(64)).max(HEADER);
+    let talk = PingPong {
+        count: args.count,
+        size,
+        seed: net.seed,
+        ticks: context.clock.ticks(args.micros),
+        retry: context.clock.ticks(args.retry_us),
+        retry_us: args.retry_us,
+        start: None,
+        waiting: None,
+        next: 0,
+        again: false,
+        times: Histogram::default(),
+        lost: 0,
+    };
+    station(context, number, wanted, net, UDP_OVERHEAD + size, talk)
+}
+
+impl Talk for PingPong {
+    fn receive(
+        &mut self,
+        now: u64,
+        datagram: &Datagram<'_>,
+        counters: &mut Counters,
+        _out: &mut Outbox<'_, '_>,
+    ) -> bool {
+        let Some(header) = Header::parse(datagram.payload) else { return false };
+        if !header.intact(self.seed, datagram.payload) {
+            counters.corrupt += 1;
+            return true;
+        }
+        match self.waiting {
+            Some((sequence, sent)) if sequence == header.sequence => {
+                self.times.record(now.saturating_sub(sent));
+                self.waiting = None;
+                self.next += 1;
+                counters.received(now, datagram.payload.len());
+            }
+            // The answer to a request that was sent again.
+            _ => counters.duplicate += 1,
+        }
+        true
+    }
+
+    fn transmit(&mut self, now: u64, counters: &mut Counters, out: &mut Outbox<'_, '_>) -> bool {
+        let Some(flow) = out.peer() else { return false };
+        self.start.get_or_insert(now);
+        if let Some((_, sent)) = self.waiting {
+            if now.saturating_sub(sent) < self.retry {
+                return false;
+            }
+            self.again = true;
+            self.lost += 1;
+            counters.lost += 1;
+        } else if self.next >= self.count {
+            return false;
+        }
+        let (sequence, seed) = (self.next, self.seed);
+        let header = Header { kind: Kind::Data, finished: false, sequence, acknowledged: 0 };
+        let now = crate::time::now();
+        if !out.send(&flow, false, Protocol::Udp, self.size, |room| header.write(seed, room)) {
+            return false;
+        }
+        self.waiting = Some((sequence, now));
+        counters.tx += 1;
+        counters.tx_bytes += self.size as u64;
+        counters.retransmits += u64::from(core::mem::take(&mut self.again));
+        true
+    }
+
+    fn state(&mut self, now: u64, _counters: &Counters) -> State {
+        let expired =
+            self.ticks > 0 && self.start.is_some_and(|start| now.saturating_sub(start) >= self.ticks);
+        if self.next >= self.count || expired { State::Over } else { State::Running }
+    }
+
+    fn progress(&self, _counters: &Counters) -> Option<u64> {
+        Some(self.next)
+    }
+
+    fn patience(&self) -> u64 {
+        self.retry_us.clamp(100, 100_000)
+    }
+
+    fn report(&mut self, mut event: Object, counters: &Counters, clock: &Clock) -> (Object, bool) {
+        for (key, per_mille) in [("p50_ns", 500), ("p90_ns", 900), ("p99_ns", 990), ("p999_ns", 999)] {
+            event = event.number(key, clock.nanos(self.times.quantile(per_mille)));
+        }
+        event =
+            event.number("max_ns", clock.nanos(self.times.max())).number("round_trips", self.times.count());
+        (event, counters.corrupt == 0 && (self.next >= self.count || (self.ticks > 0 && self.next > 0)))
+    }
+}

@@ -1,0 +1,48 @@
+#!/usr/bin/env bash
+# reboot, stop and start; nothing left behind.
+. ./lib.sh
+
+outboard --output json vm events >/out/events.txt 2>&1 &
+events=$!
+
+# shellcheck disable=SC2016 # expanded in the guest
+type_at_console() {
+  (sleep 1 && printf 'root\r' && sleep 6 && printf 'echo typed-$((6*7))\r' && sleep 4) | timeout 15 outboard vm console web >"$RESULTS/typed" 2>&1
+  grep -aq typed-42 "$RESULTS/typed" || { cat "$RESULTS/typed" && false; }
+}
+check "one can log in and type at the console" type_at_console
+
+check "vm start starts a stopped VM again" outboard vm start db
+
+booted_anew() { local now && now=$(guest web cat /proc/sys/kernel/random/boot_id) && [[ -n $now && $now != "$before" ]]; }
+before=$(guest web cat /proc/sys/kernel/random/boot_id)
+hypervisor=$(vm_field web hypervisor_pid)
+guest web 'systemctl reboot' || true
+check "reboot in the guest comes back" within 150 booted_anew
+check "in the same hypervisor process" same "$(vm_field web hypervisor_pid)" "$hypervisor"
+check "with its disks" guest web 'dd if=/dev/vdb of=/dev/null bs=1M count=8 iflag=direct'
+check "with its network" guest web ping -q -c 2 -W 5 10.88.0.1
+
+id=$(vm_field web id)
+watch_console web /out/console-stop.txt
+check "vm stop presses the power button and the guest powers off" grep "guest powered off" <(outboard vm stop web --timeout 90s)
+sleep 1
+unwatch_console
+check "the guest went down in order" grep -aqE 'reboot: Power down|Powering off' /out/console-stop.txt ||
+  tail -c 1000 /out/console-stop.txt
+check "vm show says stopped" state_is web stopped
+check "its unit is gone" not systemctl is-active "outboard-vm@$id.service"
+check "its file system was left clean" grep -E 'state: +clean$' <(dumpe2fs -h "$(root_disk web)" 2>/dev/null)
+check "db, which was stopped and started, is up" within 150 guest db true
+
+kill "$events" 2>/dev/null
+check "events told of the reset and the end" grep -q reset /out/events.txt
+check "vm rm refuses a running VM" not outboard vm rm db
+check "vm rm --force removes it" outboard vm rm db --force
+check "vm rm removes a stopped one" outboard vm rm web
+check "vm ls is empty" same "$(outboard vm ls --output json | jq length)" 0
+check "network rm" outboard network rm lab
+check "the TAP is gone" not ip link show outboard0
+left() { find /run/outboard-vm /run/outboard-blk/devices /run/outboard-net/devices -mindepth 1 2>/dev/null; }
+check "no socket and no state is left" same "$(left)" ""
+check "no hypervisor is left" not pgrep -f outboard-hypervisor

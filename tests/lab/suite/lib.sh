@@ -1,0 +1,112 @@
+# shellcheck shell=bash
+# What the parts of the suite share. Sourced by them, in the lab host.
+set -uo pipefail
+: "${RESULTS:?is set by ./run}"
+images=/var/lib/outboard/images
+disks=/var/lib/outboard/disks
+
+# check TEXT COMMAND...: one line, ok or FAIL. The output of what fails is shown.
+check() {
+  local text=$1 log start=$SECONDS
+  shift
+  log=$(mktemp)
+  if "$@" >"$log" 2>&1; then
+    printf 'ok    %s (%d s)\n' "$text" $((SECONDS - start))
+    printf 'x' >>"$RESULTS/passed"
+    rm -f "$log"
+    return 0
+  fi
+  printf 'FAIL  %s (%d s)\n' "$text" $((SECONDS - start))
+  tail -n 30 "$log" | sed 's/^/      | /'
+  printf 'x' >>"$RESULTS/failed"
+  rm -f "$log"
+  return 1
+}
+
+not() { ! "$@"; }
+
+# within SECONDS COMMAND...: tries until it succeeds. The last try is heard.
+within() {
+  local deadline=$((SECONDS + $1))
+  shift
+  until "$@" >/dev/null 2>&1; do
+    if ((SECONDS >= deadline)); then
+      "$@"
+      return
+    fi
+    sleep 0.3
+  done
+}
+
+same() { [[ $1 == "$2" ]] || { echo "expected: $2" && echo "is:       $1" && false; }; }
+
+# vm_field NAME FIELD
+vm_field() { outboard vm show "$1" --output json | jq -r ".$2"; }
+
+state_is() { same "$(vm_field "$1" state)" "$2"; }
+
+# address NAME: of a guest in the network "lab".
+address() {
+  case $1 in
+    web) echo 10.88.0.2 ;;
+    db) echo 10.88.0.3 ;;
+  esac
+}
+
+# guest NAME COMMAND...: runs it in the guest, over the network card.
+guest() {
+  local name=$1
+  shift
+  ssh -q -o StrictHostKeyChecking=no -o UserKnownHostsFile=/dev/null -o BatchMode=yes -o ConnectTimeout=5 \
+    -o ServerAliveInterval=5 -o ServerAliveCountMax=6 "root@$(address "$name")" "$@" </dev/null
+}
+
+# root_disk NAME: the guest's root file system, a block device of the host.
+root_disk() {
+  case $1 in
+    web) echo /dev/vdd ;;
+    db) echo /dev/vde ;;
+  esac
+}
+
+# create NAME [OPTION]...: a Debian guest with its root file system as first disk.
+create() {
+  local name=$1
+  shift
+  outboard vm create "$name" --memory 512M --vcpus 1 --kernel "$images/vmlinuz" --initramfs "$images/initrd.img" \
+    --cmdline "console=ttyS0 root=/dev/vda rw quiet systemd.hostname=$name ip=$(address "$name")::10.88.0.1:255.255.255.0:$name::off" \
+    --disk "path=$(root_disk "$name")" --nic network=lab "$@"
+}
+
+# blank NAME SIZE: an empty disk image.
+blank() {
+  truncate -s "$2" "$disks/$1.img"
+  chown outboard-blk: "$disks/$1.img"
+}
+
+# service_pid UNIT
+service_pid() { systemctl show -P MainPID "$1"; }
+
+# new_pid UNIT OLD: it runs, in another process than OLD.
+new_pid() { systemctl is-active -q "$1" && [[ $(service_pid "$1") != "$2" ]]; }
+
+# as USER COMMAND...
+as() {
+  local user=$1
+  shift
+  setpriv --reuid "$user" --regid "$(id -g "$user")" --init-groups -- "$@"
+}
+
+# watch_console NAME FILE: copies the VM's console to FILE until unwatch_console.
+watch_console() {
+  # A pipe that nobody writes to: the console's input must not end.
+  rm -f "$RESULTS/input" && mkfifo "$RESULTS/input"
+  outboard vm console "$1" <>"$RESULTS/input" >"$2" 2>&1 &
+  console_reader=$!
+}
+
+unwatch_console() {
+  kill "$console_reader" 2>/dev/null
+  wait "$console_reader" 2>/dev/null
+  true
+}
