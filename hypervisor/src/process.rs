@@ -9,7 +9,7 @@ use proto::v1::{EndReason, VmEnded};
 
 use crate::cli::{ConsoleTarget, Options};
 use crate::control::{Control, Listener};
-use crate::machine::{Call, Machine, MachineHandle};
+use crate::machine::{Call, Machine, MachineHandle, SlotOptions};
 use crate::stdio::Stdio;
 
 /// Stack of the thread that waits for signals, in bytes.
@@ -20,7 +20,17 @@ const SIGNALS: [libc::c_int; 3] = [libc::SIGTERM, libc::SIGINT, libc::SIGHUP];
 
 /// Runs a VM until it ends. `started` is when the process began. Errors are told on standard error.
 pub fn run(options: &Options, started: Instant) -> ExitCode {
-    match run_until_end(options, started) {
+    run_machine(options, Machine::new(started))
+}
+
+/// [`run`] with slots that work in another way than the hypervisor's do (see [`Notifications`](crate::slot::Notifications)): for
+/// benchmarks that link this crate.
+pub fn run_with(options: &Options, started: Instant, slot_options: SlotOptions) -> ExitCode {
+    run_machine(options, Machine::with_slot_options(started, slot_options))
+}
+
+fn run_machine(options: &Options, machine: Machine) -> ExitCode {
+    match run_until_end(options, machine) {
         Ok(ended) if ended.reason() == EndReason::Failure => {
             say(&ended.detail);
             ExitCode::FAILURE
@@ -37,7 +47,7 @@ fn say(what: &str) {
     eprintln!("outboard-hypervisor: {what}");
 }
 
-fn run_until_end(options: &Options, started: Instant) -> Result<VmEnded, Box<dyn std::error::Error>> {
+fn run_until_end(options: &Options, mut machine: Machine) -> Result<VmEnded, Box<dyn std::error::Error>> {
     // Before there are other threads, which inherit the mask.
     block_signals()?;
     let listener = match &options.control {
@@ -49,7 +59,6 @@ fn run_until_end(options: &Options, started: Instant) -> Result<VmEnded, Box<dyn
             "nothing to do; give --kernel to boot, or --control to wait for orders (see --help)".into()
         );
     }
-    let mut machine = Machine::new(started);
     wait_for_signals(machine.handle())?;
     let control = match listener {
         Some(listener) => Some(Control::start(listener, machine.handle(), machine.status().clone())?),

@@ -17,7 +17,8 @@ use std::time::Instant;
 use kvm_ioctls::Kvm;
 use proto::error::{Error, ErrorReason};
 use proto::v1::{
-    EndReason, HypervisorConfig, HypervisorInfo, HypervisorState, ResetReason, ShutdownMode, VmEnded, VmReset,
+    EndReason, HypervisorConfig, HypervisorInfo, HypervisorState, ResetReason, ShutdownMode, SlotConfig,
+    VmEnded, VmReset,
 };
 use tonic::Code;
 
@@ -29,7 +30,7 @@ use crate::platform::irq::IrqRouter;
 use crate::platform::pci::PciRoot;
 use crate::platform::requests::{GuestRequest, Requests};
 use crate::platform::{ged, layout, power};
-use crate::slot::Slot;
+use crate::slot::{self, Slot};
 use crate::vcpu::{self, CpuidTemplate};
 use config::VmConfig;
 use life::{BareVm, Life, Parts};
@@ -38,6 +39,9 @@ pub use status::{EventSubscription, Status};
 
 /// Takes the answer to a call, on the machine's thread; it must not block.
 pub type Reply<T> = Box<dyn FnOnce(Result<T, Error>) + Send>;
+
+/// What options a slot with this configuration has. Called from several threads, once for each slot.
+pub type SlotOptions = Arc<dyn Fn(&SlotConfig) -> slot::Options + Send + Sync>;
 
 /// What is asked of the machine.
 pub enum Call {
@@ -103,6 +107,7 @@ pub struct Machine {
     inbox: Receiver<Message>,
     outbox: Sender<Message>,
     status: Arc<Status>,
+    slot_options: SlotOptions,
     configured: Option<Configured>,
 }
 
@@ -115,8 +120,13 @@ impl std::fmt::Debug for Machine {
 impl Machine {
     /// An unconfigured machine of a process that started at `started`.
     pub fn new(started: Instant) -> Self {
+        Self::with_slot_options(started, Arc::new(|_| slot::Options::default()))
+    }
+
+    /// [`Machine::new`] with slots that work in another way than the hypervisor's do (see [`slot::Notifications`]).
+    pub fn with_slot_options(started: Instant, slot_options: SlotOptions) -> Self {
         let (outbox, inbox) = channel();
-        Self { inbox, outbox, status: Status::new(started), configured: None }
+        Self { inbox, outbox, status: Status::new(started), slot_options, configured: None }
     }
 
     /// For sending calls from other threads.
@@ -247,7 +257,7 @@ impl Machine {
         let asking = Arc::clone(&requests);
         let windows = pci_windows(config.memory, &cpuid);
         let pci = PciRoot::new(&windows, Box::new(move || asking.make(GuestRequest::Reset)));
-        let slots = slots::connect(&config.slots, &ram, &self.status)?;
+        let slots = slots::connect(&config.slots, &ram, &self.status, &self.slot_options)?;
         for slot in &slots {
             pci.plug(Arc::clone(slot) as _).map_err(|e| {
                 Error::invalid_field("slots", e.to_string()).remedy("give the VM fewer slots")

@@ -6,7 +6,7 @@ use std::thread;
 use proto::error::Error;
 use proto::v1::SlotConfig;
 
-use super::Status;
+use super::{SlotOptions, Status};
 use crate::memory::GuestRam;
 use crate::slot::Slot;
 
@@ -20,10 +20,13 @@ pub(super) fn connect(
     configs: &[SlotConfig],
     ram: &Arc<GuestRam>,
     status: &Arc<Status>,
+    options: &SlotOptions,
 ) -> Result<Vec<Arc<Slot>>, Error> {
-    together(configs, |config| Slot::connect(config, Arc::clone(ram), Arc::clone(status) as _))
-        .into_iter()
-        .collect()
+    together(configs, |config| {
+        Slot::connect_with(config, Arc::clone(ram), Arc::clone(status) as _, options(config))
+    })
+    .into_iter()
+    .collect()
 }
 
 /// The results of `what` for each of `all`, in order, one thread for each but the first.

@@ -46,7 +46,7 @@ use crate::platform::pci::{PciFunction, Placement};
 use link::Link;
 use params::Params;
 use signals::{Binding, Channel};
-use state::{Fixed, State};
+use state::{Effect, Fixed, State};
 use vhost_user::{Frontend, LinkError, Offer, Patience};
 
 /// Stack of a link's thread in bytes. Its deepest frame holds one message.
@@ -67,6 +67,42 @@ pub trait SlotHost: Send + Sync {
 
     /// The device of `slot` has changed its configuration space.
     fn config_changed(&self, slot: &str);
+}
+
+/// Called on the thread of a vCPU with the number of a queue (below the slot's number of queues) of which the guest says that it
+/// has something in it. The queue may be one that the driver has not set up. No lock is held; until this returns, the vCPU waits.
+pub type Notify = Arc<dyn Fn(u16) + Send + Sync>;
+
+/// Where the guest's notifications of queues go.
+///
+/// The hypervisor itself always uses [`Notifications::Kvm`]. The others put this process into the data path, which is what they are
+/// for: a benchmark that links this crate compares against them.
+#[derive(Clone, Default)]
+pub enum Notifications {
+    /// KVM signals the device's eventfd (ioeventfd); this process sees none.
+    #[default]
+    Kvm,
+    /// They come to this process, which signals the device's eventfd.
+    Exit,
+    /// They come to this process, which calls this and signals nothing.
+    Call(Notify),
+}
+
+impl std::fmt::Debug for Notifications {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Notifications::Kvm => "Kvm",
+            Notifications::Exit => "Exit",
+            Notifications::Call(_) => "Call",
+        })
+    }
+}
+
+/// How a slot works that is not part of its configuration.
+#[derive(Debug, Clone, Default)]
+pub struct Options {
+    /// Where notifications go.
+    pub notifications: Notifications,
 }
 
 /// A virtio-pci function and its link to a device.
@@ -124,15 +160,20 @@ impl Slot {
         ram: Arc<GuestRam>,
         host: Arc<dyn SlotHost>,
     ) -> Result<Arc<Self>, Error> {
-        Self::connect_with(config, ram, host, Patience::default())
+        Self::connect_with(config, ram, host, Options::default())
     }
 
-    fn connect_with(
+    /// [`Slot::connect`] with options that the hypervisor itself does not use.
+    ///
+    /// # Errors
+    /// As [`Slot::connect`].
+    pub fn connect_with(
         config: &v1::SlotConfig,
         ram: Arc<GuestRam>,
         host: Arc<dyn SlotHost>,
-        patience: Patience,
+        options: Options,
     ) -> Result<Arc<Self>, Error> {
+        let patience = Patience::default();
         let params = Params::new(config)?;
         let id = params.id.clone();
         let of_host = |e: io::Error| {
@@ -166,7 +207,7 @@ impl Slot {
             fixed
         });
         device_config.truncate(layout::MAX_CONFIG);
-        let fixed = Arc::new(Fixed { params, ram, channels });
+        let fixed = Arc::new(Fixed { params, options, ram, channels });
         let state = State::new(Arc::clone(&fixed), offer.features, device_config, config_writable);
         let shared = Arc::new(Shared {
             fixed,
@@ -319,6 +360,16 @@ impl Shared {
         let _ = self.wake.write(1);
     }
 
+    /// The guest has notified a queue, and the notification came here.
+    fn notify(&self, queue: u16) {
+        if let Notifications::Call(call) = &self.fixed.options.notifications {
+            call(queue);
+        } else if let Some(channel) = self.fixed.channels.get(usize::from(queue)) {
+            // It fails only when it is signalled 2^64 times over already.
+            let _ = channel.kick.write(1);
+        }
+    }
+
     fn is_stopped(&self) -> bool {
         self.stopped.load(Ordering::Acquire)
     }
@@ -432,9 +483,11 @@ impl PciFunction for Slot {
     }
 
     fn write_bar(&self, offset: u64, data: &[u8]) -> Exit {
-        let (exit, wake) = self.shared.lock().state.write_bar(offset, data);
-        if wake {
-            self.shared.wake();
+        let (exit, effect) = self.shared.lock().state.write_bar(offset, data);
+        match effect {
+            Effect::Nothing => {}
+            Effect::Wake => self.shared.wake(),
+            Effect::Notify(queue) => self.shared.notify(queue),
         }
         exit
     }

@@ -12,6 +12,7 @@ use super::params::Params;
 use super::ring;
 use super::signals::{Binding, Channel, Doorbells, Interrupts};
 use super::vhost_user::RingSetup;
+use super::{Notifications, Options};
 use crate::exits::Exit;
 use crate::memory::GuestRam;
 use crate::platform::pci::Placement;
@@ -69,10 +70,22 @@ pub(super) struct Orders {
     epoch: u64,
 }
 
+/// What a write to the BAR asks for beyond the registers. It is done without the lock.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Effect {
+    /// Nothing.
+    Nothing,
+    /// The link has something to do.
+    Wake,
+    /// The device is to look at this queue.
+    Notify(u16),
+}
+
 /// What never changes, and the eventfds.
 #[derive(Debug)]
 pub(super) struct Fixed {
     pub(super) params: Params,
+    pub(super) options: Options,
     pub(super) ram: Arc<GuestRam>,
     pub(super) channels: Vec<Channel>,
 }
@@ -191,9 +204,10 @@ impl State {
 
     /// Makes KVM do what the registers say.
     fn sync(&mut self) {
+        let by_kvm = matches!(self.fixed.options.notifications, Notifications::Kvm);
         let numbers: Vec<u16> = (0..)
             .zip(in_use(&self.common, &self.orders))
-            .filter_map(|(number, queue)| queue.map(|_| number))
+            .filter_map(|(number, queue)| queue.filter(|_| by_kvm).map(|_| number))
             .collect();
         let windows = self.windows();
         self.doorbells.sync(self.binding.as_ref(), self.pci.bar(), &windows, &numbers, &self.fixed.channels);
@@ -404,28 +418,25 @@ impl State {
         isr
     }
 
-    /// The guest writes the BAR. Says how the access counts, and whether the link has to be woken.
-    pub(super) fn write_bar(&mut self, offset: u64, data: &[u8]) -> (Exit, bool) {
+    /// The guest writes the BAR. Says how the access counts, and what has to be done.
+    pub(super) fn write_bar(&mut self, offset: u64, data: &[u8]) -> (Exit, Effect) {
+        let wake_if = |wake| if wake { Effect::Wake } else { Effect::Nothing };
         match layout::place(offset) {
-            Place::Common(at) => (Exit::MmioSlotCommon, self.write_common(at, data)),
-            Place::Device(at) => (Exit::MmioSlotDevice, self.write_config(at, data)),
+            Place::Common(at) => (Exit::MmioSlotCommon, wake_if(self.write_common(at, data))),
+            Place::Device(at) => (Exit::MmioSlotDevice, wake_if(self.write_config(at, data))),
             Place::MsixTable(at) => {
                 if self.msix.write_table(at, data) {
                     self.sync_interrupts();
                 }
-                (Exit::MmioMsix, false)
+                (Exit::MmioMsix, Effect::Nothing)
             }
             Place::Notify(queue) => {
-                let channel = usize::try_from(queue).ok().and_then(|q| self.fixed.channels.get(q));
-                if let Some(channel) = channel {
-                    // It fails only when it is signalled 2^64 times over already.
-                    let _ = channel.kick.write(1);
-                }
-                (Exit::MmioSlotNotify, false)
+                let queue = u16::try_from(queue).ok().filter(|&q| usize::from(q) < self.fixed.channels.len());
+                (Exit::MmioSlotNotify, queue.map_or(Effect::Nothing, Effect::Notify))
             }
-            Place::Isr => (Exit::MmioSlotIsr, false),
-            Place::MsixPending(_) => (Exit::MmioMsix, false),
-            Place::Nothing => (Exit::MmioUnclaimed, false),
+            Place::Isr => (Exit::MmioSlotIsr, Effect::Nothing),
+            Place::MsixPending(_) => (Exit::MmioMsix, Effect::Nothing),
+            Place::Nothing => (Exit::MmioUnclaimed, Effect::Nothing),
         }
     }
 

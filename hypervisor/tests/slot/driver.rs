@@ -5,11 +5,12 @@ use std::sync::atomic::{Ordering, fence};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
+use hypervisor::exits::Exit;
 use hypervisor::memory::GuestRam;
 use hypervisor::platform::bus::BusDevice;
 use hypervisor::platform::layout;
 use hypervisor::platform::pci::PciRoot;
-use hypervisor::slot::{LinkState, Slot, SlotHost};
+use hypervisor::slot::{LinkState, Options, Slot, SlotHost};
 use proto::v1::SlotConfig;
 use vm_memory::{Bytes, GuestAddress};
 
@@ -74,9 +75,13 @@ impl Machine {
     }
 
     pub(crate) fn with_ram(config: &SlotConfig, bytes: u64) -> Self {
+        Self::with(config, bytes, Options::default())
+    }
+
+    pub(crate) fn with(config: &SlotConfig, bytes: u64, options: Options) -> Self {
         let ram = Arc::new(GuestRam::new(bytes).unwrap());
         let events = Arc::new(Events::default());
-        let slot = Slot::connect(config, Arc::clone(&ram), Arc::clone(&events) as _).unwrap();
+        let slot = Slot::connect_with(config, Arc::clone(&ram), Arc::clone(&events) as _, options).unwrap();
         let root = PciRoot::new(&[layout::PCI_WINDOW_32], Box::new(|| ()));
         root.plug(Arc::clone(&slot) as _).unwrap();
         let window = root.windows().swap_remove(0).1;
@@ -112,8 +117,8 @@ impl Machine {
         data
     }
 
-    pub(crate) fn write(&self, offset: u64, data: &[u8]) {
-        self.window.write(self.bar() + offset - layout::PCI_WINDOW_32.start(), data);
+    pub(crate) fn write(&self, offset: u64, data: &[u8]) -> Exit {
+        self.window.write(self.bar() + offset - layout::PCI_WINDOW_32.start(), data)
     }
 
     /// Reads as [`Machine::read`], whatever the length and wherever the BAR.
@@ -305,7 +310,8 @@ impl<'a> Driver<'a> {
     }
 
     pub(crate) fn notify(&self, queue: u16) {
-        self.machine.write(self.notify + u64::from(queue) * 0x1000, &queue.to_le_bytes());
+        let exit = self.machine.write(self.notify + u64::from(queue) * 0x1000, &queue.to_le_bytes());
+        assert_eq!(exit, Exit::MmioSlotNotify);
     }
 
     /// Requests done since last asked: their heads.

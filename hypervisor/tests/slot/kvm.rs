@@ -1,8 +1,11 @@
 //! KVM's part: notifications that never reach this process, and interrupts that never leave the kernel.
 
-use std::sync::Arc;
+use std::sync::mpsc::channel;
+use std::sync::{Arc, Mutex, OnceLock, Weak};
 
+use hypervisor::exits::Exit;
 use hypervisor::platform::irq::IrqRouter;
+use hypervisor::slot::{Notifications, Options, Slot};
 use kvm_bindings::{kvm_segment, kvm_userspace_memory_region};
 use kvm_ioctls::{Kvm, VcpuExit, VcpuFd, VmFd};
 use vm_memory::{Bytes, GuestAddress};
@@ -149,6 +152,53 @@ fn notifications_follow_the_bar() {
     machine.move_bar(0xfd00_0000);
     assert!(guest.write(&machine, 0xfd00_0000 + NOTIFY));
     drop(driver);
+}
+
+#[test]
+fn notifications_that_are_not_for_kvm_come_to_this_process() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("s.sock");
+    let _device = Device::start(&path, Script::default());
+    let (sender, called) = channel();
+    let sender = Mutex::new(sender);
+    let slot: Arc<OnceLock<Weak<Slot>>> = Arc::default();
+    let of_call = Arc::clone(&slot);
+    let call = Notifications::Call(Arc::new(move |queue| {
+        // Were the slot's lock held, this would wait for ever.
+        let slot = of_call.get().and_then(Weak::upgrade).unwrap();
+        sender.lock().unwrap().send((queue, slot.info().driver_ok)).unwrap();
+    }));
+    for notifications in [Notifications::Exit, call] {
+        let calls = matches!(notifications, Notifications::Call(_));
+        let machine = Machine::with(&config(&path), 16 << 20, Options { notifications });
+        if calls {
+            slot.set(Arc::downgrade(&machine.slot)).unwrap();
+        }
+        let mut guest = Guest::new(&machine);
+        machine.slot.bind(&guest.vm, &guest.router);
+        let mut driver = Driver::start(&machine, VERSION_1, 2);
+        until("rings", || machine.slot.info().driver_ok);
+        driver.submit(1, 5, &[(driver.buffers(1), 16, false)]);
+        assert!(guest.write(&machine, machine.bar() + NOTIFY + 0x1000), "an ioeventfd took it");
+        driver.notify(1);
+        if calls {
+            assert_eq!(called.try_recv(), Ok((1, true)));
+            // By the window in configuration space: BAR 0, offset, length, data.
+            let window = machine.capability(5).unwrap();
+            machine.config_write(window + 8, &(NOTIFY as u32).to_le_bytes());
+            machine.config_write(window + 12, &2u32.to_le_bytes());
+            machine.config_write(window + 16, &[0, 0]);
+            assert_eq!(called.try_recv(), Ok((0, true)));
+            // A queue that does not exist is nobody's.
+            assert_eq!(machine.write(NOTIFY + 0x2000, &[2, 0]), Exit::MmioSlotNotify);
+            assert!(called.try_recv().is_err());
+            // The device was not told.
+            assert!(driver.completed(1).is_empty());
+        } else {
+            assert_eq!(driver.wait(1, 1), [5]);
+        }
+        driver.reset();
+    }
 }
 
 #[test]
