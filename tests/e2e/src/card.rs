@@ -6,8 +6,8 @@ use std::process::Command;
 use proto::v1::card_client::CardClient;
 use proto::v1::network_card_client::NetworkCardClient;
 use proto::v1::{
-    BlockDeviceSpec, CreateDeviceRequest, CreateNetworkRequest, Device, DeviceSpec, GetCardStatsRequest,
-    IdentifyRequest, NetDeviceSpec, NetworkSpec, QueueStats, device_spec,
+    BlockDeviceSpec, CreateDeviceRequest, CreateNetworkRequest, DeleteDeviceRequest, Device, DeviceSpec,
+    GetCardStatsRequest, IdentifyRequest, NetDeviceSpec, NetworkSpec, QueueStats, device_spec,
 };
 use tokio::runtime::Runtime;
 use tonic::Status;
@@ -28,6 +28,7 @@ pub struct Card {
     runtime: Runtime,
     program: &'static str,
     dir: PathBuf,
+    arguments: Vec<String>,
     process: Process,
     channel: Channel,
 }
@@ -35,19 +36,25 @@ pub struct Card {
 impl Card {
     /// Starts `offload-blk` or `offload-net` with its control socket and runtime directory below `dir`.
     pub fn start(program: &'static str, dir: &Path) -> Self {
+        Self::start_with(program, &dir.join(program), &[])
+    }
+
+    /// The same with further arguments, and everything in `dir`.
+    pub fn start_with(program: &'static str, dir: &Path, arguments: &[&str]) -> Self {
         let runtime = crate::runtime();
-        let dir = dir.join(program);
-        std::fs::create_dir_all(&dir).expect("runtime directory");
-        let process = Self::spawn(program, &dir);
+        std::fs::create_dir_all(dir).expect("runtime directory");
+        let arguments: Vec<_> = arguments.iter().map(|&a| a.to_owned()).collect();
+        let process = Self::spawn(program, dir, &arguments);
         let channel = channel(&runtime, &dir.join("control.sock"));
-        let card = Self { runtime, program, dir, process, channel };
+        let card = Self { runtime, program, dir: dir.to_owned(), arguments, process, channel };
         card.wait_ready();
         card
     }
 
-    fn spawn(program: &str, dir: &Path) -> Process {
+    fn spawn(program: &str, dir: &Path, arguments: &[String]) -> Process {
         let mut command = Command::new(binary(program));
         command.arg("--control").arg(dir.join("control.sock")).arg("--runtime-dir").arg(dir);
+        command.args(arguments);
         Process::spawn(&mut command, &dir.join("log"))
     }
 
@@ -74,7 +81,7 @@ impl Card {
 
     /// Starts it again where it was; returns when it answers.
     pub fn restart(&mut self) {
-        self.process = Self::spawn(self.program, &self.dir);
+        self.process = Self::spawn(self.program, &self.dir, &self.arguments);
         self.wait_ready();
     }
 
@@ -115,6 +122,12 @@ impl Card {
         let spec = NetDeviceSpec { network: network.to_owned(), mac: mac(n).to_vec(), ..Default::default() };
         let kind = Some(device_spec::Kind::Net(spec));
         self.create(DeviceSpec { id: id.to_owned(), kind }).expect("create network device")
+    }
+
+    /// Removes a device; returns when nothing of it is left.
+    pub fn delete(&self, id: &str) -> Result<(), Status> {
+        let request = DeleteDeviceRequest { id: id.to_owned() };
+        self.runtime.block_on(CardClient::new(self.channel.clone()).delete_device(request)).map(drop)
     }
 
     /// A device's counters, per queue.

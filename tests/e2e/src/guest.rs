@@ -57,21 +57,30 @@ impl Reports {
     /// # Panics
     /// If it does not come within `limit`, or the console ends first; with all that was said.
     pub fn wait_nth(&self, event: &str, n: usize, limit: Duration) -> Report {
+        self.try_wait_nth(event, n, limit).unwrap_or_else(|said| panic!("{said}"))
+    }
+
+    /// The same without a panic.
+    ///
+    /// # Errors
+    /// What was said instead.
+    pub fn try_wait_nth(&self, event: &str, n: usize, limit: Duration) -> Result<Report, String> {
         let end = Instant::now() + limit;
         let (lines, changed) = &*self.0;
         let mut lines = lines.lock().expect("reports");
         loop {
             if let Some(found) = lines.reports.iter().filter(|r| r["event"] == event).nth(n - 1) {
-                return found.clone();
+                return Ok(found.clone());
             }
             let left = end.saturating_duration_since(Instant::now());
-            assert!(
-                !left.is_zero() && !lines.closed,
-                "no {event:?} #{n} from the guest within {limit:?} (console {}); it said:\n{}\n{}",
-                if lines.closed { "closed" } else { "open" },
-                lines.reports.iter().map(|r| format!("    {r}\n")).collect::<String>(),
-                lines.other.join("\n")
-            );
+            if left.is_zero() || lines.closed {
+                return Err(format!(
+                    "no {event:?} #{n} from the guest within {limit:?} (console {}); it said:\n{}\n{}",
+                    if lines.closed { "closed" } else { "open" },
+                    lines.reports.iter().map(|r| format!("    {r}\n")).collect::<String>(),
+                    lines.other.join("\n")
+                ));
+            }
             lines = changed.wait_timeout(lines, left).expect("reports").0;
         }
     }
