@@ -2,12 +2,12 @@
 //!
 //! Cards keep their devices themselves and come back with them. What a card has lost all the same (its runtime
 //! directory is gone) is made again when a link to it breaks and when the controller starts: every request is
-//! idempotent, so asking for what is there does no harm. A device that could not be deleted because its card did not
-//! answer is remembered and deleted when it does. With nothing to do, nothing is sent.
+//! idempotent, so asking for what is there does no harm. A device or network that could not be deleted because its card
+//! did not answer is remembered and deleted when it does. With nothing to do, nothing is sent.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::path::{Path, PathBuf};
-use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 
 use proto::error::{Error, ErrorReason};
@@ -17,7 +17,7 @@ use proto::v1::{
     CardInfo, CreateDeviceRequest, CreateNetworkRequest, DeleteDeviceRequest, DeleteNetworkRequest, Device,
     DeviceSpec, DeviceStats, GetCardStatsRequest, IdentifyRequest, Network, NetworkSpec,
 };
-use tokio::sync::Notify;
+use tokio::sync::{Notify, OwnedMutexGuard};
 use tonic::transport::Channel;
 use tonic::{Code, Response, Status};
 
@@ -27,6 +27,9 @@ use super::store::Store;
 /// Pauses between attempts to bring a card to what it should be.
 const RETRY_FIRST: Duration = Duration::from_millis(100);
 const RETRY_MOST: Duration = Duration::from_secs(30);
+
+/// What a network still to be deleted begins with among the leftovers; no device's id has a '/'.
+const NETWORK: &str = "network/";
 
 /// What a card serves.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -49,8 +52,8 @@ pub(crate) struct Card {
     kind: OnceLock<CardKind>,
     wanted: Mutex<Wanted>,
     changed: Notify,
-    // Held while a leftover is deleted, so that its id is not made again under the deletion.
-    cleaning: tokio::sync::Mutex<()>,
+    // A lock for every id that something is being done to: see `alone`.
+    busy: Mutex<HashMap<String, Arc<tokio::sync::Mutex<()>>>>,
 }
 
 /// What should exist on a card.
@@ -58,7 +61,7 @@ pub(crate) struct Card {
 struct Wanted {
     networks: BTreeMap<String, NetworkSpec>,
     devices: BTreeMap<String, DeviceSpec>,
-    /// To be deleted.
+    /// To be deleted: devices by id, networks by [`NETWORK`] and id.
     leftovers: BTreeSet<String>,
 }
 
@@ -74,7 +77,7 @@ impl Card {
             kind: OnceLock::new(),
             wanted: Mutex::default(),
             changed: Notify::new(),
-            cleaning: tokio::sync::Mutex::default(),
+            busy: Mutex::default(),
         }
     }
 
@@ -131,14 +134,10 @@ impl Card {
     ///
     /// # Errors
     /// CARD_UNREACHABLE, or why the card does not make it. It may exist all the same when there was no answer:
-    /// [`Card::delete_device`] settles that.
+    /// [`Card::delete_devices`] settles that.
     pub(crate) async fn create_device(&self, spec: &DeviceSpec, store: &Store) -> Result<Device, Error> {
-        let was_leftover = self.wanted().leftovers.contains(&spec.id);
-        if was_leftover {
-            let _alone = self.cleaning.lock().await;
-            self.wanted().leftovers.remove(&spec.id);
-            store.delete_leftover(&self.name, &spec.id).await?;
-        }
+        let _alone = self.alone(&spec.id).await;
+        self.keep_leftover(&spec.id, store).await?;
         let device = self.request_device(spec, false).await.map_err(|f| self.error(f))?;
         self.want_device(spec);
         Ok(device)
@@ -149,17 +148,66 @@ impl Card {
         self.wanted().devices.insert(spec.id.clone(), spec.clone());
     }
 
-    /// Deletes a device that may exist. If the card does not answer, that is remembered and done when it does.
-    pub(crate) async fn delete_device(&self, id: &str, store: &Store) {
-        self.wanted().devices.remove(id);
-        let Err(failure) = self.request_delete(id).await else { return };
-        let why = self.error(failure);
-        tracing::warn!(card = self.name, device = id, "device not deleted, will be later: {why}");
-        self.wanted().leftovers.insert(id.to_owned());
-        if let Err(e) = store.put_leftover(&self.name, id).await {
-            tracing::error!(card = self.name, device = id, "{e}");
+    /// Deletes devices that may exist. If the card does not answer, that is remembered and done when it does; after the
+    /// first it does not answer for it is not asked for the others, so that a hung card costs its deadline once.
+    pub(crate) async fn delete_devices(&self, ids: &[String], store: &Store) {
+        {
+            let mut wanted = self.wanted();
+            wanted.devices.retain(|id, _| !ids.contains(id));
+        }
+        let mut left = Vec::new();
+        let mut ids = ids.iter();
+        for id in ids.by_ref() {
+            let Err(failure) = self.delete_device(id).await else { continue };
+            let silent = matches!(failure, Failure::NoAnswer(_));
+            let why = self.error(failure);
+            tracing::warn!(card = self.name, device = id, "device not deleted, will be later: {why}");
+            left.push(id);
+            if silent {
+                break;
+            }
+        }
+        left.extend(ids);
+        for id in left {
+            self.leave(id, store).await;
+        }
+    }
+
+    /// One of them. Waiting for what else is being done to it counts as waiting for the card.
+    async fn delete_device(&self, id: &str) -> Result<(), Failure> {
+        let deleted = async {
+            let _alone = self.alone(id).await;
+            self.request_delete(id).await
+        };
+        let in_time = tokio::time::timeout(self.deadline, deleted).await;
+        in_time.unwrap_or_else(|_| Err(rpc::too_late(self.deadline)))
+    }
+
+    /// Remembers what is still to be deleted.
+    async fn leave(&self, leftover: &str, store: &Store) {
+        self.wanted().leftovers.insert(leftover.to_owned());
+        if let Err(e) = store.put_leftover(&self.name, leftover).await {
+            tracing::error!(card = self.name, leftover, "{e}");
         }
         self.changed.notify_one();
+    }
+
+    /// Forgets that something is to be deleted, if it is; the caller is [`Card::alone`] with it.
+    async fn keep_leftover(&self, leftover: &str, store: &Store) -> Result<(), Error> {
+        let was = self.wanted().leftovers.remove(leftover);
+        if was { store.delete_leftover(&self.name, leftover).await } else { Ok(()) }
+    }
+
+    /// Waits until nothing else is being done to a device or network, and holds that off until the answer is dropped: what
+    /// is made again or deleted late is never another one than was meant.
+    async fn alone(&self, id: &str) -> OwnedMutexGuard<()> {
+        let lock = {
+            let mut busy = self.busy.lock().unwrap_or_else(PoisonError::into_inner);
+            // Those that are held or waited for have another owner.
+            busy.retain(|_, lock| Arc::strong_count(lock) > 1);
+            Arc::clone(busy.entry(id.to_owned()).or_default())
+        };
+        lock.lock_owned().await
     }
 
     /// Counters of one device.
@@ -178,20 +226,32 @@ impl Card {
         Ok(stats.devices.into_iter().find(|d| d.id == id))
     }
 
-    /// Makes a network, or only asks whether it could be made. Once made, it should exist.
+    /// Asks whether a network could be made.
     ///
     /// # Errors
-    /// CARD_UNREACHABLE, or why the card does not make it.
-    pub(crate) async fn create_network(
-        &self,
-        spec: &NetworkSpec,
-        validate_only: bool,
-    ) -> Result<Network, Error> {
-        let network = self.request_network(spec, validate_only).await.map_err(|f| self.error(f))?;
-        if !validate_only {
-            self.want_network(spec);
-        }
-        Ok(network)
+    /// CARD_UNREACHABLE, or what is wrong with the specification.
+    pub(crate) async fn check_network(&self, spec: &NetworkSpec) -> Result<(), Error> {
+        self.request_network(spec, true).await.map(|_| ()).map_err(|f| self.error(f))
+    }
+
+    /// Makes a network. From now on it should exist.
+    ///
+    /// # Errors
+    /// CARD_UNREACHABLE, or why the card does not make it. It may exist all the same when there was no answer:
+    /// [`Card::undo_network`] settles that.
+    pub(crate) async fn create_network(&self, spec: &NetworkSpec, store: &Store) -> Result<(), Error> {
+        let leftover = format!("{NETWORK}{}", spec.id);
+        let _alone = self.alone(&leftover).await;
+        self.keep_leftover(&leftover, store).await?;
+        self.request_network(spec, false).await.map_err(|f| self.error(f))?;
+        self.want_network(spec);
+        Ok(())
+    }
+
+    /// Has a network deleted, as soon as the card answers, that was not to be and may exist.
+    pub(crate) async fn undo_network(&self, id: &str, store: &Store) {
+        self.wanted().networks.remove(id);
+        self.leave(&format!("{NETWORK}{id}"), store).await;
     }
 
     /// A network that should exist, and may already.
@@ -204,7 +264,17 @@ impl Card {
     /// # Errors
     /// CARD_UNREACHABLE, or why the card does not delete it. It should exist still.
     pub(crate) async fn delete_network(&self, id: &str) -> Result<(), Error> {
+        let _alone = self.alone(&format!("{NETWORK}{id}")).await;
         let was = self.wanted().networks.remove(id);
+        self.request_network_delete(id).await.map_err(|failure| {
+            if let Some(spec) = was {
+                self.want_network(&spec);
+            }
+            self.error(failure)
+        })
+    }
+
+    async fn request_network_delete(&self, id: &str) -> Result<(), Failure> {
         let request = DeleteNetworkRequest { id: id.to_owned() };
         let answer = self
             .call(|c| {
@@ -213,18 +283,12 @@ impl Card {
             })
             .await;
         match answer {
-            Ok(_) => Ok(()),
             Err(Failure::Refused(e)) if e.code() == Code::NotFound => Ok(()),
-            Err(failure) => {
-                if let Some(spec) = was {
-                    self.want_network(&spec);
-                }
-                Err(self.error(failure))
-            }
+            answer => answer.map(|_| ()),
         }
     }
 
-    /// A device still to be deleted, from the database.
+    /// Something still to be deleted, from the database.
     pub(crate) fn add_leftover(&self, id: &str) {
         self.wanted().leftovers.insert(id.to_owned());
     }
@@ -238,21 +302,26 @@ impl Card {
     pub(crate) async fn keep(&self, store: &Store) {
         loop {
             self.changed.notified().await;
-            let mut pause = RETRY_FIRST;
+            let (mut pause, mut told) = (RETRY_FIRST, false);
             while let Err(why) = self.restore(store).await {
-                if pause == RETRY_FIRST {
-                    tracing::warn!(card = self.name, "trying until it is as it should be: {}", why.message());
+                if !told {
+                    tracing::warn!(card = self.name, "trying until it is as it should be: {why}");
+                    told = true;
                 }
-                tokio::time::sleep(pause).await;
-                pause = (pause * 2).min(RETRY_MOST);
+                tokio::select! {
+                    () = tokio::time::sleep(pause) => pause = (pause * 2).min(RETRY_MOST),
+                    // Something else is to be done, or the card has just come back.
+                    () = self.changed.notified() => pause = RETRY_FIRST,
+                }
             }
-            if pause > RETRY_FIRST {
+            if told {
                 tracing::info!(card = self.name, "as it should be again");
             }
         }
     }
 
-    /// One attempt at that. An `Err` is worth another; a refusal is logged and left.
+    /// One attempt at that. The error is worth another attempt: no answer, or the first refusal, behind which everything
+    /// else has been tried.
     async fn restore(&self, store: &Store) -> Result<(), Error> {
         let (networks, devices, leftovers) = {
             let wanted = self.wanted();
@@ -262,36 +331,44 @@ impl Card {
                 wanted.leftovers.iter().cloned().collect::<Vec<_>>(),
             )
         };
+        let mut refused = None;
         for network in networks {
-            self.settle("network", &network.id, self.request_network(&network, false).await)?;
+            let _alone = self.alone(&format!("{NETWORK}{}", network.id)).await;
+            if self.wanted().networks.get(&network.id) == Some(&network) {
+                self.settle(self.request_network(&network, false).await, &mut refused)?;
+            }
         }
         for device in devices {
-            self.settle("device", &device.id, self.request_device(&device, false).await)?;
-            let still = self.wanted().devices.contains_key(&device.id);
-            if !still {
-                // Deleted meanwhile, perhaps before it was made again here.
-                self.settle("device", &device.id, self.request_delete(&device.id).await)?;
+            let _alone = self.alone(&device.id).await;
+            // Deleted meanwhile, or about to be: that waits for us and has the last word.
+            if self.wanted().devices.get(&device.id) == Some(&device) {
+                self.settle(self.request_device(&device, false).await, &mut refused)?;
             }
         }
-        for id in leftovers {
-            let _alone = self.cleaning.lock().await;
-            let still = self.wanted().leftovers.contains(&id);
-            if !still {
+        for leftover in leftovers {
+            let _alone = self.alone(&leftover).await;
+            if !self.wanted().leftovers.contains(&leftover) {
                 continue;
             }
-            self.settle("left device", &id, self.request_delete(&id).await)?;
-            self.wanted().leftovers.remove(&id);
-            store.delete_leftover(&self.name, &id).await?;
+            let deleted = match leftover.strip_prefix(NETWORK) {
+                Some(network) => self.request_network_delete(network).await,
+                None => self.request_delete(&leftover).await,
+            };
+            if self.settle(deleted, &mut refused)? {
+                self.keep_leftover(&leftover, store).await?;
+            }
         }
-        Ok(())
+        refused.map_or(Ok(()), Err)
     }
 
-    fn settle<T>(&self, what: &str, id: &str, result: Result<T, Failure>) -> Result<(), Error> {
+    /// Whether it is done; the first refusal is kept. No answer is an error at once: everything else would have to wait
+    /// for its own deadline.
+    fn settle<T>(&self, result: Result<T, Failure>, refused: &mut Option<Error>) -> Result<bool, Error> {
         match result {
-            Ok(_) => Ok(()),
+            Ok(_) => Ok(true),
             Err(Failure::Refused(e)) => {
-                tracing::warn!(card = self.name, "{what} {id}: {e}");
-                Ok(())
+                refused.get_or_insert(e);
+                Ok(false)
             }
             Err(failure) => Err(self.error(failure)),
         }

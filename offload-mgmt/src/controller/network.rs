@@ -1,6 +1,6 @@
 //! Networks: kept here, made on their card, made again when it has lost them.
 
-use proto::error::Error;
+use proto::error::{Error, ErrorReason};
 use proto::v1::{CreateNetworkRequest, Network};
 
 use super::Controller;
@@ -21,28 +21,34 @@ impl Controller {
             name => cards.of_kind(name, CardKind::Network).await?,
         };
         if request.validate_only {
-            card.create_network(&spec, true).await?;
+            card.check_network(&spec).await?;
             return Ok(Network { spec: Some(spec), devices: Vec::new() });
         }
         if let Some(there) = self.ctx.registry.reserve_network(&spec, card.name())? {
             // Made again if the card has lost it.
-            card.create_network(&spec, false).await?;
+            card.create_network(&spec, &self.ctx.store).await?;
             return Ok(self.network_message(there));
         }
+        let store = &self.ctx.store;
         let made = async {
-            card.create_network(&spec, true).await?;
+            card.check_network(&spec).await?;
             // Written first: a network that is on the card and not in the database would never be deleted.
-            self.ctx.store.put_network(spec.clone(), card.name()).await?;
-            card.create_network(&spec, false).await
+            store.put_network(spec.clone(), card.name()).await?;
+            let made = card.create_network(&spec, store).await;
+            if let Err(why) = &made {
+                if why.reason() == ErrorReason::CardUnreachable {
+                    // It may have been made all the same.
+                    card.undo_network(&spec.id, store).await;
+                }
+                if let Err(e) = store.delete_network(&spec.id).await {
+                    tracing::error!(network = spec.id, "{e}");
+                }
+            }
+            made
         };
         let result = made.await;
-        if result.is_err()
-            && let Err(e) = self.ctx.store.delete_network(&spec.id).await
-        {
-            tracing::error!(network = spec.id, "{e}");
-        }
         self.ctx.registry.settle_network(&spec.id, result.is_ok());
-        result.map(|_| Network { spec: Some(spec), devices: Vec::new() })
+        result.map(|()| Network { spec: Some(spec), devices: Vec::new() })
     }
 
     /// Deletes a network.

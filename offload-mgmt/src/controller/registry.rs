@@ -124,10 +124,7 @@ impl Registry {
     /// DISK_IN_USE.
     pub(crate) fn check_images(&self, vm: &Vm) -> Result<(), Error> {
         let inner = self.lock();
-        let up = inner.vms.values().filter(|v| {
-            v.id != vm.id
-                && !matches!(v.view().state, VmState::Stopped | VmState::Failed | VmState::Unspecified)
-        });
+        let up = inner.vms.values().filter(|v| v.id != vm.id && is_up(v));
         for other in up {
             for theirs in &other.spec.disks {
                 let shared = vm
@@ -240,12 +237,15 @@ impl Registry {
     /// Devices plugged into a network now: those of VMs that are up, as their card calls them.
     pub(crate) fn devices_in(&self, network: &str) -> Vec<String> {
         let inner = self.lock();
-        let up = inner.vms.values().filter(|v| !matches!(v.view().state, VmState::Stopped | VmState::Failed));
-        up.flat_map(|v| {
-            let nics = v.spec.nics.iter().filter(|n| n.network == network);
-            nics.map(|n| super::cards::device_id(&v.id, &n.id)).collect::<Vec<_>>()
-        })
-        .collect()
+        inner
+            .vms
+            .values()
+            .filter(|v| is_up(v))
+            .flat_map(|v| {
+                let nics = v.spec.nics.iter().filter(|n| n.network == network);
+                nics.map(|n| super::cards::device_id(&v.id, &n.id)).collect::<Vec<_>>()
+            })
+            .collect()
     }
 }
 
@@ -285,6 +285,12 @@ impl Inner {
         }
         Ok(())
     }
+}
+
+/// It has a process, or may have one, and its devices exist.
+fn is_up(vm: &Vm) -> bool {
+    let view = vm.view();
+    view.remains || !matches!(view.state, VmState::Stopped | VmState::Failed | VmState::Unspecified)
 }
 
 /// There is no such VM.

@@ -67,8 +67,13 @@ pub(crate) async fn call<T>(
     match tokio::time::timeout(deadline, call).await {
         Ok(Ok(response)) => Ok(response.into_inner()),
         Ok(Err(status)) => Err(failure(status)),
-        Err(_) => Err(Failure::NoAnswer(format!("no answer within {}", seconds(deadline)))),
+        Err(_) => Err(too_late(deadline)),
     }
+}
+
+/// The deadline has passed.
+pub(crate) fn too_late(deadline: Duration) -> Failure {
+    Failure::NoAnswer(format!("no answer within {}", seconds(deadline)))
 }
 
 /// A status made by our own transport has a source; one that came over the wire cannot.

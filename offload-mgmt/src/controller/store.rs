@@ -16,7 +16,7 @@ use tonic::Code;
 
 const VMS: TableDefinition<'_, &str, &[u8]> = TableDefinition::new("vms");
 const NETWORKS: TableDefinition<'_, &str, &[u8]> = TableDefinition::new("networks");
-// (card, device id): devices that could not be deleted because their card did not answer.
+// (card, id): devices and networks that could not be deleted because their card did not answer.
 const LEFTOVERS: TableDefinition<'_, (&str, &str), ()> = TableDefinition::new("leftovers");
 
 /// `version` of the records written now.
@@ -96,7 +96,7 @@ pub(crate) struct Contents {
     pub vms: BTreeMap<String, VmRecord>,
     /// By id.
     pub networks: BTreeMap<String, NetworkEntry>,
-    /// Card and device id of every device still to be deleted.
+    /// Card and id of everything still to be deleted, as [`Card`](super::card::Card) names it.
     pub leftovers: Vec<(String, String)>,
 }
 
@@ -163,8 +163,8 @@ impl Store {
         }
         for entry in leftovers.iter().map_err(|e| failed(e.into()))? {
             let (key, _) = entry.map_err(|e| failed(e.into()))?;
-            let (card, device) = key.value();
-            contents.leftovers.push((card.to_owned(), device.to_owned()));
+            let (card, id) = key.value();
+            contents.leftovers.push((card.to_owned(), id.to_owned()));
         }
         Ok(contents)
     }
@@ -222,27 +222,27 @@ impl Store {
         .await
     }
 
-    /// Remembers a device that must still be deleted.
+    /// Remembers something that must still be deleted from a card.
     ///
     /// # Errors
     /// The database cannot be written.
-    pub(crate) async fn put_leftover(&self, card: &str, device: &str) -> Result<(), Error> {
-        let (card, device) = (card.to_owned(), device.to_owned());
+    pub(crate) async fn put_leftover(&self, card: &str, id: &str) -> Result<(), Error> {
+        let (card, id) = (card.to_owned(), id.to_owned());
         self.write(move |tx| {
-            tx.open_table(LEFTOVERS)?.insert((card.as_str(), device.as_str()), ())?;
+            tx.open_table(LEFTOVERS)?.insert((card.as_str(), id.as_str()), ())?;
             Ok(())
         })
         .await
     }
 
-    /// Forgets a device that has been deleted.
+    /// Forgets what has been deleted.
     ///
     /// # Errors
     /// The database cannot be written.
-    pub(crate) async fn delete_leftover(&self, card: &str, device: &str) -> Result<(), Error> {
-        let (card, device) = (card.to_owned(), device.to_owned());
+    pub(crate) async fn delete_leftover(&self, card: &str, id: &str) -> Result<(), Error> {
+        let (card, id) = (card.to_owned(), id.to_owned());
         self.write(move |tx| {
-            tx.open_table(LEFTOVERS)?.remove((card.as_str(), device.as_str()))?;
+            tx.open_table(LEFTOVERS)?.remove((card.as_str(), id.as_str()))?;
             Ok(())
         })
         .await

@@ -49,6 +49,7 @@ pub(crate) fn spawn(ctx: &Arc<Context>, record: VmRecord, begin: Begin) -> Arc<V
         started_us: record.started_us,
         pid: 0,
         resets: 0,
+        remains: false,
         creation: if matches!(begin, Begin::Create { .. }) { Creation::Pending } else { Creation::Done },
         hypervisor: None,
     };
@@ -216,6 +217,8 @@ impl Actor {
         let result = self.try_create(start).await;
         let (creation, flow) = match result {
             Ok(()) => (Creation::Done, Flow::On),
+            // What is left of it can be removed like any VM.
+            Err(e) if self.vm.view().remains => (Creation::Failed(e), Flow::On),
             Err(e) => {
                 self.ctx.registry.remove(&self.vm.id);
                 (Creation::Failed(e), Flow::Gone)
@@ -248,11 +251,12 @@ impl Actor {
         result
     }
 
-    /// Leaves nothing of a VM whose creation failed.
+    /// Leaves nothing of a VM whose creation failed, or a failed VM if its process does not end.
     pub(super) async fn undo_creation(&mut self) {
         self.live = None;
-        // What could not be taken down now has been logged, and the caller's error is the one that matters.
-        let _ = take_down(&self.ctx, &self.vm.id, &self.vm.spec, Duration::ZERO).await;
+        if let Err(e) = take_down(&self.ctx, &self.vm.id, &self.vm.spec, Duration::ZERO).await {
+            return self.remains(&format!("it could not be created, and {}", e.message())).await;
+        }
         self.ctx.runner.clean(&self.vm.id).await;
         if let Err(e) = self.ctx.store.delete_vm(&self.vm.id).await {
             tracing::error!(vm = self.vm.id, "{e}; its record is removed at the next start");
@@ -261,21 +265,42 @@ impl Actor {
         self.publish(event::Event::Deleted(true));
     }
 
+    /// Its process could not be ended: that is tried again before the VM is started or removed.
+    async fn remains(&mut self, detail: &str) {
+        if let Err(e) = self.note(Phase::Failed, detail).await {
+            tracing::error!(vm = self.vm.id, "{e}");
+        }
+        self.view.send_modify(|v| (v.remains, v.hypervisor) = (true, None));
+        self.set_state(VmState::Failed, detail);
+    }
+
+    /// Makes sure that nothing is left of a VM that failed, of which it is not known that its process has ended: it may have
+    /// failed because that could not be done, or under an earlier controller.
+    ///
+    /// # Errors
+    /// The process does not end.
+    async fn clear_away(&mut self) -> Result<(), Error> {
+        if self.vm.view().state == VmState::Failed {
+            take_down(&self.ctx, &self.vm.id, &self.vm.spec, Duration::ZERO).await?;
+            self.ctx.runner.clean(&self.vm.id).await;
+            self.view.send_modify(|v| v.remains = false);
+        }
+        Ok(())
+    }
+
     async fn start(&mut self) -> Result<(), Error> {
         if self.live.is_some() {
             let remedy = format!("see: outboard vm show {}", self.vm.spec.name);
             return Err(self.vm.wrong_state("runs already", remedy));
         }
         check(&self.ctx, &self.vm.id, &self.vm.spec).await?;
+        self.clear_away().await?;
         let before = self.vm.view();
         // Seen by others from here on, so that of two VMs with one image at most one is started.
         self.set_state(VmState::Starting, "");
         if let Err(e) = self.ctx.registry.check_images(&self.vm) {
             self.set_state(before.state, &before.detail);
             return Err(e);
-        }
-        if before.state == VmState::Failed {
-            self.ctx.runner.clean(&self.vm.id).await;
         }
         let result = match self.note(Phase::Starting, "").await {
             Ok(()) => match self.bring_up().await {
@@ -286,9 +311,12 @@ impl Actor {
         };
         if let Err(e) = &result {
             self.live = None;
-            let _ = take_down(&self.ctx, &self.vm.id, &self.vm.spec, Duration::ZERO).await;
-            self.ctx.runner.clean(&self.vm.id).await;
             let detail = format!("the last start failed: {}", e.message());
+            if let Err(e) = take_down(&self.ctx, &self.vm.id, &self.vm.spec, Duration::ZERO).await {
+                self.remains(&format!("{detail}; and {}", e.message())).await;
+                return result;
+            }
+            self.ctx.runner.clean(&self.vm.id).await;
             if let Err(e) = self.note(Phase::Stopped, &detail).await {
                 tracing::error!(vm = self.vm.id, "{e}");
             }
@@ -423,6 +451,7 @@ impl Actor {
             self.stop_at_once(None).await;
             self.finish(End::Killed).await?;
         }
+        self.clear_away().await?;
         self.ctx.store.delete_vm(&self.vm.id).await?;
         self.ctx.runner.clean(&self.vm.id).await;
         self.ctx.registry.remove(&self.vm.id);

@@ -68,7 +68,11 @@ impl Actor {
         if let Err(e) = self.note(phase, &detail).await {
             tracing::error!(vm = self.vm.id, "{e}");
         }
-        self.view.send_modify(|v| v.pid = 0);
+        let remains = taken_down.is_err();
+        self.view.send_modify(|v| {
+            v.pid = 0;
+            v.remains = remains;
+        });
         self.set_state(state, &detail);
         for waiter in stopping.into_iter().flat_map(|s| s.waiters) {
             answer(waiter, taken_down.clone());

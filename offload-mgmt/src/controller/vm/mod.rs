@@ -62,6 +62,8 @@ pub(crate) struct View {
     pub pid: u32,
     /// Guest resets since its start.
     pub resets: u64,
+    /// It failed and its process may be there still, with its devices: its images are in use.
+    pub remains: bool,
     /// How far its creation is.
     pub creation: Creation,
     /// A connection to its hypervisor while it runs.

@@ -7,6 +7,7 @@ use proto::v1::{HypervisorState, VmState};
 use super::super::store::Phase;
 use super::actor::{Actor, Flow};
 use super::ending::{Contact, End};
+use crate::runner::Liveness;
 
 /// A hypervisor that was being started when the controller died may listen a moment later.
 const ATTEMPTS: u32 = 4;
@@ -16,10 +17,20 @@ impl Actor {
     /// Brings the record and what runs together.
     pub(super) async fn recover(&mut self) -> Flow {
         match self.record.phase() {
-            Phase::Stopped | Phase::Failed | Phase::Unspecified => Flow::On,
+            Phase::Stopped | Phase::Unspecified => Flow::On,
+            Phase::Failed => {
+                // Perhaps because its process could not be ended.
+                let alive = self.ctx.runner.liveness(&self.vm.id).await == Liveness::Alive;
+                let remains = alive && self.record.boot_id == self.ctx.boot_id;
+                self.view.send_modify(|v| v.remains = remains);
+                Flow::On
+            }
             Phase::Creating => {
                 tracing::info!(vm = self.vm.id, "undoing a creation that was not finished");
                 self.undo_creation().await;
+                if self.vm.view().remains {
+                    return Flow::On;
+                }
                 self.ctx.registry.remove(&self.vm.id);
                 Flow::Gone
             }

@@ -1,5 +1,6 @@
 //! Bringing a VM up and taking it down: its devices on the cards, its process, its guest.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -9,10 +10,11 @@ use proto::v1::{
     BootRequest, ConfigureRequest, EventsRequest, HypervisorConfig, HypervisorEvent, SlotConfig, VmSpec,
 };
 use tokio::sync::watch;
+use tokio::task::JoinSet;
 use tonic::transport::Channel;
 use tonic::{Code, Streaming};
 
-use super::super::card::CardKind;
+use super::super::card::{Card, CardKind};
 use super::super::cards::Placed;
 use super::super::{Context, host, rpc};
 use crate::runner::{Exit, Liveness};
@@ -203,20 +205,33 @@ fn ended_early(ctx: &Context, id: &str, exit: &Exit) -> Error {
     if exit.last_words.is_empty() { error.remedy(ctx.runner.log_hint(id)) } else { error }
 }
 
-/// Ends the process, after `grace`, and deletes the devices. What cannot be done now is logged, and done later where
-/// that is possible.
+/// Ends the process, after `grace`, and then deletes the devices, on all cards at the same time. A card that does not
+/// answer deletes them later.
+///
+/// # Errors
+/// The process does not end. It may use its devices still, so they stay; this is to be called again.
 pub(super) async fn take_down(ctx: &Context, id: &str, spec: &VmSpec, grace: Duration) -> Result<(), Error> {
-    let stopped = ctx.runner.stop(id, grace).await;
-    if let Err(e) = &stopped {
+    if let Err(e) = ctx.runner.stop(id, grace).await {
         tracing::error!(vm = id, "{e}");
+        return Err(e);
     }
-    match ctx.cards.devices_of(id, spec) {
-        Ok(devices) => {
-            for device in devices {
-                device.card.delete_device(&device.spec.id, &ctx.store).await;
-            }
+    let devices = match ctx.cards.devices_of(id, spec) {
+        Ok(devices) => devices,
+        Err(e) => {
+            tracing::warn!(vm = id, "its devices are not deleted: {e}");
+            return Ok(());
         }
-        Err(e) => tracing::warn!(vm = id, "its devices are not deleted: {e}"),
+    };
+    let mut by_card: BTreeMap<String, (Arc<Card>, Vec<String>)> = BTreeMap::new();
+    for device in devices {
+        let entry = by_card.entry(device.card.name().to_owned());
+        entry.or_insert_with(|| (Arc::clone(&device.card), Vec::new())).1.push(device.spec.id);
     }
-    stopped
+    let mut deletions = JoinSet::new();
+    for (card, ids) in by_card.into_values() {
+        let store = ctx.store.clone();
+        deletions.spawn(async move { card.delete_devices(&ids, &store).await });
+    }
+    deletions.join_all().await;
+    Ok(())
 }

@@ -16,6 +16,7 @@ use proto::v1::{
 };
 use tokio::net::UnixListener;
 use tokio::runtime::Runtime;
+use tokio::sync::watch;
 use tokio_stream::wrappers::UnixListenerStream;
 use tonic::transport::Server;
 use tonic::{Code, Request, Response, Status};
@@ -32,6 +33,10 @@ pub(crate) struct State {
     pub delay: Duration,
     /// Devices made, in order, also those there already.
     pub made: Vec<String>,
+    /// Calls that want to make or delete something wait, before anything is done, while this is true.
+    pub hold: Option<watch::Receiver<bool>>,
+    /// How many such calls have come.
+    pub changes: u32,
 }
 
 #[derive(Clone)]
@@ -109,6 +114,19 @@ impl Service {
         tokio::time::sleep(delay).await;
     }
 
+    /// As [`Service::delay`], for calls that change something.
+    async fn before_change(&self) {
+        self.delay().await;
+        let hold = {
+            let mut state = self.state.lock().expect("state");
+            state.changes += 1;
+            state.hold.clone()
+        };
+        if let Some(mut hold) = hold {
+            hold.wait_for(|h| !h).await.expect("the test to let it go");
+        }
+    }
+
     fn device(spec: &DeviceSpec) -> Device {
         let (virtio_device_id, queues, config_size) = match &spec.kind {
             Some(Kind::Net(net)) => (1, net.queue_pairs * 2, 12),
@@ -141,8 +159,12 @@ impl Card for Service {
     }
 
     async fn create_device(&self, request: Request<CreateDeviceRequest>) -> Result<Response<Device>, Status> {
-        self.delay().await;
         let request = request.into_inner();
+        if request.validate_only {
+            self.delay().await;
+        } else {
+            self.before_change().await;
+        }
         let spec = request.spec.expect("spec");
         let mut state = self.state.lock().expect("state");
         if let Some(Kind::Net(net)) = &spec.kind
@@ -173,7 +195,7 @@ impl Card for Service {
         &self,
         request: Request<DeleteDeviceRequest>,
     ) -> Result<Response<DeleteDeviceResponse>, Status> {
-        self.delay().await;
+        self.before_change().await;
         let removed = self.state.lock().expect("state").devices.remove(&request.into_inner().id);
         match removed {
             Some(_) => Ok(Response::new(DeleteDeviceResponse {})),
@@ -202,8 +224,12 @@ impl NetworkCard for Service {
         &self,
         request: Request<CreateNetworkRequest>,
     ) -> Result<Response<Network>, Status> {
-        self.delay().await;
         let request = request.into_inner();
+        if request.validate_only {
+            self.delay().await;
+        } else {
+            self.before_change().await;
+        }
         let spec = request.spec.expect("spec");
         let mut state = self.state.lock().expect("state");
         let set = if request.validate_only { &state.refuse_validation } else { &state.refuse };

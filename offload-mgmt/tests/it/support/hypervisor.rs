@@ -41,6 +41,8 @@ pub(crate) struct Behaviour {
     pub hangs: bool,
     /// Does not end when told to end at once.
     pub ignores_shutdown: bool,
+    /// Its process cannot be ended at all, as one that waits in the kernel.
+    pub unkillable: bool,
 }
 
 /// One fake hypervisor process.
@@ -343,7 +345,8 @@ impl Runner for FakeRunner {
         let behaviour = self.next.lock().expect("behaviour").clone();
         let process = Process::new(behaviour.clone());
         std::fs::create_dir_all(self.dir.join(vm)).expect("directory");
-        self.processes.lock().expect("processes").insert(vm.into(), process.clone());
+        let before = self.processes.lock().expect("processes").insert(vm.into(), process.clone());
+        assert!(before.is_none_or(|p| p.ended.borrow().is_some()), "a second process for VM {vm}");
         if let Some(last_words) = behaviour.exits_at_once {
             process.exit(Exit { clean: false, how: "exited with status 1".into(), last_words });
         } else if !behaviour.never_listens {
@@ -371,6 +374,10 @@ impl Runner for FakeRunner {
         if let Some(process) = process {
             let mut ended = process.ended.subscribe();
             if tokio::time::timeout(grace, ended.wait_for(Option::is_some)).await.is_err() {
+                if process.behaviour().unkillable {
+                    let e = Error::new(Code::Internal, ErrorReason::HypervisorUnreachable, "it does not end");
+                    return Err(e.remedy("ask the test"));
+                }
                 process.exit(Exit { clean: false, how: "was killed".into(), last_words: String::new() });
             }
         }
