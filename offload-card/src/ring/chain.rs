@@ -2,9 +2,10 @@
 
 use std::sync::Arc;
 
-use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, VolatileSlice};
+use vm_memory::VolatileSlice;
 
 use super::RingError;
+use super::spans::Spans;
 use crate::memory::View;
 
 /// A contiguous piece of a chain, in this process' address space. It is only an address: valid as long as the [`Chain`]
@@ -51,6 +52,8 @@ pub struct Chain {
     readable: usize,
     readable_len: u32,
     writable_len: u32,
+    /// Descriptors it was made of; those of length 0 have no segment.
+    descriptors: u16,
     memory: Option<Arc<View>>,
 }
 
@@ -83,6 +86,11 @@ impl Chain {
     /// Bytes that may be written.
     pub fn writable_len(&self) -> u32 {
         self.writable_len
+    }
+
+    /// Descriptors in the ring or in its indirect table, those without a byte included: what it cost to look at it.
+    pub fn descriptors(&self) -> u16 {
+        self.descriptors
     }
 
     /// The pieces of this chain as volatile memory, those to be read.
@@ -155,30 +163,47 @@ impl Chain {
         self.readable = 0;
         self.readable_len = 0;
         self.writable_len = 0;
-        if !self.memory.as_ref().is_some_and(|m| Arc::ptr_eq(m, memory)) {
+        self.descriptors = 0;
+        // The same memory again, nearly always: then no count is touched.
+        if !self.is_in(memory) {
             self.memory = Some(memory.clone());
         }
     }
 
-    /// Adds the buffer of one descriptor.
-    pub(super) fn add(&mut self, address: u64, length: u32, writable: bool) -> Result<(), RingError> {
+    /// It keeps `memory`, and no other.
+    pub(super) fn is_in(&self, memory: &Arc<View>) -> bool {
+        self.memory.as_ref().is_some_and(|m| Arc::ptr_eq(m, memory))
+    }
+
+    /// It keeps no memory.
+    pub(super) fn is_clear(&self) -> bool {
+        self.memory.is_none()
+    }
+
+    /// Adds the buffer of one descriptor; `spans` are those of the memory it began with.
+    pub(super) fn add(
+        &mut self,
+        address: u64,
+        length: u32,
+        writable: bool,
+        spans: &mut Spans,
+    ) -> Result<(), RingError> {
         if !writable && self.segments.len() > self.readable {
             return Err(RingError::Order { head: self.head });
         }
+        // A table has at most 32768 entries.
+        self.descriptors = self.descriptors.saturating_add(1);
         let sum = if writable { &mut self.writable_len } else { &mut self.readable_len };
         *sum = sum.checked_add(length).ok_or(RingError::TooLong { head: self.head })?;
-        let invalid = || RingError::Buffer { head: self.head, address, length };
-        let memory = self.memory.as_ref().ok_or_else(invalid)?;
-        let (mut address, mut left) = (address, length);
+        let (mut at, mut left) = (address, length);
         while left > 0 {
             // A buffer may span regions that are neighbours for the guest and strangers here.
-            let (region, start) = memory.to_region_addr(GuestAddress(address)).ok_or_else(invalid)?;
-            let in_region = vm_memory::GuestMemoryRegion::len(region) - start.0;
-            let part = u32::try_from(in_region).map_or(left, |n| n.min(left));
-            let slice = vm_memory::GuestMemoryRegion::get_slice(region, start, part as usize)
-                .map_err(|_| invalid())?;
-            self.segments.push(Segment { address: slice.ptr_guard_mut().as_ptr() as usize, length: part });
-            address = address.checked_add(u64::from(part)).ok_or_else(invalid)?;
+            let Some((address, part)) = spans.translate(at, left) else {
+                return Err(RingError::Buffer { head: self.head, address, length });
+            };
+            self.segments.push(Segment { address, length: part });
+            // The last byte of the part is in the region, which does not wrap around.
+            at = at.wrapping_add(u64::from(part));
             left -= part;
         }
         if !writable {
@@ -192,13 +217,8 @@ impl Chain {
     pub fn clear(&mut self) {
         self.segments.clear();
         self.readable = 0;
-        (self.readable_len, self.writable_len) = (0, 0);
+        (self.readable_len, self.writable_len, self.descriptors) = (0, 0, 0);
         self.memory = None;
-    }
-
-    /// Reads a descriptor from an indirect table in guest memory.
-    pub(super) fn read_descriptor(&self, address: u64) -> Option<virtio_queue::desc::split::Descriptor> {
-        self.memory.as_ref()?.read_obj(GuestAddress(address)).ok()
     }
 }
 

@@ -12,7 +12,7 @@
 use std::fs::File;
 use std::os::unix::fs::MetadataExt;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU8, AtomicU16, AtomicU64, Ordering, fence};
+use std::sync::atomic::{AtomicU8, AtomicU16, AtomicU64, Ordering};
 
 use nix::fcntl::{FcntlArg, SealFlag, fcntl};
 use nix::sys::memfd::{MFdFlags, memfd_create};
@@ -134,24 +134,30 @@ impl InflightArea {
             return None;
         }
         let offset = usize::from(index) * usize::try_from(queue_bytes(self.queue_size)).ok()?;
-        Some(InflightQueue { mapping: self.mapping.clone(), offset, size, next_counter: 1 })
+        // SAFETY: `map` checked that the mapping has this part: it is the `index`-th of `queues` that fit.
+        let base = unsafe { self.mapping.region.as_ptr().add(offset) };
+        Some(InflightQueue { _mapping: self.mapping.clone(), base, size, next_counter: 1 })
     }
 }
 
 /// The inflight record of one ring. All its indices are checked: the memory is the front-end's too.
 #[derive(Debug)]
 pub struct InflightQueue {
-    mapping: Arc<Mapping>,
-    offset: usize,
+    /// Keeps `base` valid.
+    _mapping: Arc<Mapping>,
+    /// Where this queue's part begins, aligned to 64.
+    base: *const u8,
     size: u16,
     next_counter: u64,
 }
 
+// SAFETY: `base` points into a shared mapping that `_mapping` keeps, which any thread may access.
+unsafe impl Send for InflightQueue {}
+
 impl InflightQueue {
     fn header(&self) -> &Header {
-        // SAFETY: `InflightArea::map` checked that the mapping has 16 bytes of header here, and `queue` that there is
-        // such a queue; offsets are multiples of 64 from a page. Others access it too, which atomics allow.
-        unsafe { &*self.mapping.region.as_ptr().add(self.offset).cast::<Header>() }
+        // SAFETY: `InflightArea::queue` found 16 bytes of header here. Others access it too, which atomics allow.
+        unsafe { &*self.base.cast::<Header>() }
     }
 
     fn entry(&self, head: u16) -> Option<&Entry> {
@@ -159,9 +165,7 @@ impl InflightQueue {
             return None;
         }
         // SAFETY: as for the header: `size` entries follow it, and `head` is below.
-        Some(unsafe {
-            &*self.mapping.region.as_ptr().add(self.offset + 16 + 16 * usize::from(head)).cast::<Entry>()
-        })
+        Some(unsafe { &*self.base.add(16 + 16 * usize::from(head)).cast::<Entry>() })
     }
 
     /// Repairs what a predecessor left in the middle of a batch, and returns what it had taken and not returned, oldest
@@ -234,8 +238,11 @@ impl InflightQueue {
 
     /// The batch of `count` heads linked last has been published: the used ring's index is `used_idx` now.
     pub(super) fn published(&mut self, count: u16, used_idx: u16) {
+        // The used index has been stored before (release), and the stores below release as well: whoever sees an entry
+        // cleared sees the used index that says why, and whoever does not clears it himself (`recover`). The reader is a
+        // successor, for whom this thread has ended; so there is no load here that would have to wait for those stores,
+        // which is the one thing a fence would add.
         let header = self.header();
-        fence(Ordering::SeqCst);
         let mut head = header.last_batch_head.load(Ordering::Relaxed);
         for _ in 0..count {
             let Some(entry) = self.entry(head) else { break };

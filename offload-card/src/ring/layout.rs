@@ -12,8 +12,9 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU16, AtomicU32, Ordering};
 
 use virtio_queue::desc::split::Descriptor;
-use vm_memory::{GuestAddress, GuestMemoryBackend};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
 
+use super::spans::Spans;
 use super::{RingAddresses, RingError};
 use crate::memory::View;
 
@@ -23,6 +24,8 @@ use crate::memory::View;
 pub(super) struct Layout {
     /// Keeps the pointers valid.
     memory: Arc<View>,
+    /// Of `memory`.
+    spans: Spans,
     size: u16,
     descriptors: *const Descriptor,
     avail: *const AtomicU16,
@@ -52,6 +55,7 @@ impl Layout {
             descriptors: descriptors.cast_const().cast(),
             avail: avail.cast_const().cast(),
             used: used.cast_const().cast(),
+            spans: Spans::new(&memory),
             memory,
         })
     }
@@ -59,6 +63,23 @@ impl Layout {
     /// The memory the ring lies in.
     pub(super) fn memory(&self) -> &Arc<View> {
         &self.memory
+    }
+
+    /// Its regions, to translate buffers of chains that keep [`Layout::memory`].
+    pub(super) fn spans(&mut self) -> &mut Spans {
+        &mut self.spans
+    }
+
+    /// A copy of the entry at `address` of an indirect table, which may be unaligned and across regions.
+    pub(super) fn indirect(&mut self, address: u64) -> Option<Descriptor> {
+        const BYTES: u32 = size_of::<Descriptor>() as u32;
+        match self.spans.translate(address, BYTES)? {
+            (host, BYTES) if host.is_multiple_of(align_of::<Descriptor>()) => {
+                // SAFETY: the bytes are in guest memory, which `memory` keeps mapped, and any bytes are a descriptor.
+                Some(unsafe { (host as *const Descriptor).read_volatile() })
+            }
+            _ => self.memory.read_obj(GuestAddress(address)).ok(),
+        }
     }
 
     fn wrap(&self, index: u16) -> usize {

@@ -2,7 +2,9 @@
 //!
 //! A [`Ring`] belongs to one thread. It takes requests with [`Ring::pop`], returns them in any order with
 //! [`Ring::push`], and shows a batch of returned ones to the driver, with at most one interrupt, with [`Ring::publish`].
-//! It needs no vhost-user: memory, addresses and two eventfds make one ([`Ring::new`]).
+//! It needs no vhost-user: memory, addresses and two eventfds make one ([`Ring::new`]). With an inflight area the driver
+//! sees chains in the order in which they are returned; without one in the order in which they were taken, because then
+//! the used ring is all that a successor has to go by.
 //!
 //! Whatever the guest writes, a ring stays within its memory and its bounds. What cannot be understood breaks the ring:
 //! [`Ring::pop`] answers an error once and nothing ever after, what is in flight can still be returned, the reason is in
@@ -13,7 +15,9 @@ mod counters;
 mod error;
 mod inflight;
 mod layout;
+mod order;
 mod shared;
+mod spans;
 #[cfg(test)]
 mod tests;
 
@@ -31,6 +35,7 @@ pub use counters::{Counter, QueueCounters};
 pub use error::RingError;
 pub use inflight::{InflightArea, InflightError, InflightQueue};
 use layout::Layout;
+use order::InOrder;
 pub use shared::QueueShared;
 
 use crate::event::Event;
@@ -45,7 +50,7 @@ pub const MAX_SIZE: u16 = 32768;
 
 /// Longest chain through an indirect table. A driver must not make one longer than the queue (section 2.7.5.3.1), yet
 /// some do with small queues, so the bound is no tighter than other devices'.
-const MAX_INDIRECT: u32 = 1024;
+const MAX_INDIRECT: u16 = 1024;
 
 /// Where a ring's areas are, as guest-physical addresses.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -77,7 +82,8 @@ pub struct RingConfig {
     pub memory: MemoryTable,
     /// What outlives this ring.
     pub shared: Arc<QueueShared>,
-    /// Where to record what is in flight.
+    /// Where to record what is in flight. Without it chains are shown to the driver in the order in which they were taken:
+    /// what is done early waits for what is slow.
     pub inflight: Option<InflightQueue>,
 }
 
@@ -97,6 +103,8 @@ enum Head {
     Taken,
     /// Taken by a predecessor of this process.
     Recovered,
+    /// Returned, and waiting for those taken before it: see [`InOrder`].
+    Held,
 }
 
 /// A started virtqueue.
@@ -113,6 +121,12 @@ pub struct Ring {
     kick: Event,
     shared: Arc<QueueShared>,
     inflight: Option<InflightQueue>,
+    /// If there is no inflight area.
+    in_order: Option<InOrder>,
+    /// Longest chain taken, in descriptors.
+    chain_max: u16,
+    /// The layout is of another memory than when [`Ring::memory_changed`] was asked last.
+    moved: bool,
     /// Left from a predecessor, to be popped before anything new; oldest last.
     resubmit: Vec<u16>,
     /// Per head.
@@ -158,6 +172,7 @@ impl Ring {
             u16::try_from(resubmit.len()).map_err(|_| RingError::Inflight { count: resubmit.len() })?;
         let next_avail = used.wrapping_add(taken);
         shared.counters.in_flight.set(u64::from(taken));
+        let in_order = inflight.is_none().then(|| InOrder::new(size));
         Ok(Self {
             index,
             size,
@@ -170,6 +185,9 @@ impl Ring {
             kick,
             shared,
             inflight,
+            in_order,
+            chain_max: size.max(MAX_INDIRECT),
+            moved: false,
             resubmit,
             heads,
             in_flight: taken,
@@ -217,7 +235,7 @@ impl Ring {
         if self.broken { 0 } else { self.resubmit.len() }
     }
 
-    /// Chains popped and not yet pushed, including those a predecessor left that are still to be popped.
+    /// Chains popped and not yet returned to the driver, including those a predecessor left that are still to be popped.
     pub fn in_flight(&self) -> u16 {
         self.in_flight
     }
@@ -235,6 +253,42 @@ impl Ring {
         }
     }
 
+    /// From now on a chain of more than `descriptors` breaks the ring: for an engine that cannot use longer ones, and has
+    /// better to do than to look at them.
+    pub fn limit_chains(&mut self, descriptors: u16) {
+        self.chain_max = descriptors;
+    }
+
+    /// True if the guest's memory has changed since this was asked last. What the front-end removed is unmapped when
+    /// nobody keeps it: so an engine asks whenever it wakes up, and then clears the chains that it keeps and that are not
+    /// in flight ([`Chain::clear`]). Whoever changes the memory wakes it, by a kick.
+    pub fn memory_changed(&mut self) -> bool {
+        if !self.broken
+            && let Err(e) = self.follow_memory()
+        {
+            self.fail(&e);
+        }
+        std::mem::take(&mut self.moved)
+    }
+
+    /// `chain` keeps no memory but what the ring is in now. One that does is to be cleared when it has been pushed.
+    pub fn is_current(&self, chain: &Chain) -> bool {
+        chain.is_clear() || chain.is_in(self.layout.memory())
+    }
+
+    #[inline]
+    fn follow_memory(&mut self) -> Result<(), RingError> {
+        if self.memory.generation() == self.generation { Ok(()) } else { self.lay_out_anew() }
+    }
+
+    #[cold]
+    fn lay_out_anew(&mut self) -> Result<(), RingError> {
+        self.generation = self.memory.generation();
+        self.layout = Layout::new(self.memory.view(), self.addresses, self.size)?;
+        self.moved = true;
+        Ok(())
+    }
+
     /// Takes the next chain into `chain`; false if none waits or the ring is broken.
     pub fn pop(&mut self, chain: &mut Chain) -> Result<bool, RingError> {
         if self.broken {
@@ -248,10 +302,7 @@ impl Ring {
     }
 
     fn try_pop(&mut self, chain: &mut Chain) -> Result<bool, RingError> {
-        if self.memory.generation() != self.generation {
-            self.generation = self.memory.generation();
-            self.layout = Layout::new(self.memory.view(), self.addresses, self.size)?;
-        }
+        self.follow_memory()?;
         if let Some(&head) = self.resubmit.last() {
             self.walk(head, chain)?;
             self.resubmit.pop();
@@ -266,11 +317,14 @@ impl Ring {
         match self.heads.get(usize::from(head)) {
             None => return Err(RingError::Index { head, index: head }),
             Some(Head::Free) => {}
-            Some(Head::Taken | Head::Recovered) => return Err(RingError::InFlight { head }),
+            Some(_) => return Err(RingError::InFlight { head }),
         }
         self.walk(head, chain)?;
         if let Some(area) = &mut self.inflight {
             area.take(head);
+        }
+        if let Some(order) = &mut self.in_order {
+            order.taken(self.next_avail, head);
         }
         self.heads[usize::from(head)] = Head::Taken;
         self.in_flight += 1;
@@ -305,7 +359,7 @@ impl Ring {
                     self.next_avail = self.next_avail.wrapping_sub(1);
                     self.in_flight -= 1;
                 }
-                Some(Head::Free) | None => continue,
+                Some(Head::Free | Head::Held) | None => continue,
             }
             let requests = &self.shared.counters.requests;
             requests.set(requests.get().wrapping_sub(1));
@@ -314,10 +368,10 @@ impl Ring {
     }
 
     /// Copies the descriptors of the chain that begins at `head`, checking each.
-    fn walk(&self, head: u16, chain: &mut Chain) -> Result<(), RingError> {
+    fn walk(&mut self, head: u16, chain: &mut Chain) -> Result<(), RingError> {
         chain.begin(head, self.layout.memory());
         let mut index = head;
-        for _ in 0..self.size {
+        for _ in 0..self.size.min(self.chain_max) {
             let descriptor = self.layout.descriptor(index).ok_or(RingError::Index { head, index })?;
             let flags = u32::from(descriptor.flags());
             if flags & VRING_DESC_F_INDIRECT != 0 {
@@ -325,9 +379,44 @@ impl Ring {
                 if flags & VRING_DESC_F_NEXT != 0 || self.features & 1 << VIRTIO_RING_F_INDIRECT_DESC == 0 {
                     return Err(RingError::Indirect { head, address, length });
                 }
-                return walk_indirect(head, address, length, chain);
+                return self.walk_indirect(head, address, length, chain);
             }
-            chain.add(descriptor.addr().0, descriptor.len(), flags & VRING_DESC_F_WRITE != 0)?;
+            let writable = flags & VRING_DESC_F_WRITE != 0;
+            chain.add(descriptor.addr().0, descriptor.len(), writable, self.layout.spans())?;
+            if flags & VRING_DESC_F_NEXT == 0 {
+                return Ok(());
+            }
+            index = descriptor.next();
+        }
+        Err(RingError::Loop { head })
+    }
+
+    /// Copies the descriptors of an indirect table (VirtIO 1.3 section 2.7.5.3).
+    fn walk_indirect(
+        &mut self,
+        head: u16,
+        address: u64,
+        length: u32,
+        chain: &mut Chain,
+    ) -> Result<(), RingError> {
+        let invalid = || RingError::Indirect { head, address, length };
+        let entries = length / 16;
+        if !length.is_multiple_of(16) || entries == 0 || entries > u32::from(u16::MAX) + 1 {
+            return Err(invalid());
+        }
+        let mut index = 0;
+        for _ in 0..entries.min(u32::from(self.chain_max.min(MAX_INDIRECT))) {
+            if u32::from(index) >= entries {
+                return Err(RingError::Index { head, index });
+            }
+            let at = address.checked_add(16 * u64::from(index)).ok_or_else(invalid)?;
+            let descriptor = self.layout.indirect(at).ok_or_else(invalid)?;
+            let flags = u32::from(descriptor.flags());
+            if flags & VRING_DESC_F_INDIRECT != 0 {
+                return Err(invalid());
+            }
+            let writable = flags & VRING_DESC_F_WRITE != 0;
+            chain.add(descriptor.addr().0, descriptor.len(), writable, self.layout.spans())?;
             if flags & VRING_DESC_F_NEXT == 0 {
                 return Ok(());
             }
@@ -337,12 +426,20 @@ impl Ring {
     }
 
     /// Returns the chain `head`, into which `written` bytes were written. The driver sees it after
-    /// [`Ring::publish`]. A head that is not in flight is ignored.
+    /// [`Ring::publish`], and after what it is held back for ([`RingConfig::inflight`]). A head that is not in flight is
+    /// ignored.
     pub fn push(&mut self, head: u16, written: u32) {
-        let Some(state) = self.heads.get_mut(usize::from(head)).filter(|h| **h != Head::Free) else {
+        let out = |state: &&mut Head| matches!(state, Head::Taken | Head::Recovered);
+        let Some(state) = self.heads.get_mut(usize::from(head)).filter(out) else {
             debug_assert!(false, "chain {head} returned twice");
             return;
         };
+        if let Some(order) = &mut self.in_order {
+            *state = Head::Held;
+            order.done(head, written);
+            self.release();
+            return;
+        }
         *state = Head::Free;
         self.in_flight -= 1;
         if let Some(area) = &mut self.inflight {
@@ -350,6 +447,19 @@ impl Ring {
         }
         self.layout.set_used(self.next_used, head, written);
         self.next_used = self.next_used.wrapping_add(1);
+    }
+
+    /// Returns held chains for which none is waited any more.
+    fn release(&mut self) {
+        let Some(order) = &self.in_order else { return };
+        while self.next_used != self.next_avail {
+            let (head, written) = order.at(self.next_used);
+            let Some(state @ Head::Held) = self.heads.get_mut(usize::from(head)) else { return };
+            *state = Head::Free;
+            self.in_flight -= 1;
+            self.layout.set_used(self.next_used, head, written);
+            self.next_used = self.next_used.wrapping_add(1);
+        }
     }
 
     /// Shows everything pushed to the driver, and interrupts it if it wants to be.
@@ -430,31 +540,4 @@ impl Ring {
         }
         RingState { next_avail: self.published.wrapping_add(self.in_flight) }
     }
-}
-
-/// Copies the descriptors of an indirect table (VirtIO 1.3 section 2.7.5.3).
-fn walk_indirect(head: u16, address: u64, length: u32, chain: &mut Chain) -> Result<(), RingError> {
-    let invalid = RingError::Indirect { head, address, length };
-    let entries = length / 16;
-    if !length.is_multiple_of(16) || entries == 0 || entries > u32::from(u16::MAX) + 1 {
-        return Err(invalid);
-    }
-    let mut index = 0;
-    for _ in 0..entries.min(MAX_INDIRECT) {
-        if u32::from(index) >= entries {
-            return Err(RingError::Index { head, index });
-        }
-        let at = address.checked_add(16 * u64::from(index)).ok_or_else(|| invalid.clone())?;
-        let descriptor = chain.read_descriptor(at).ok_or_else(|| invalid.clone())?;
-        let flags = u32::from(descriptor.flags());
-        if flags & VRING_DESC_F_INDIRECT != 0 {
-            return Err(invalid);
-        }
-        chain.add(descriptor.addr().0, descriptor.len(), flags & VRING_DESC_F_WRITE != 0)?;
-        if flags & VRING_DESC_F_NEXT == 0 {
-            return Ok(());
-        }
-        index = descriptor.next();
-    }
-    Err(RingError::Loop { head })
 }
