@@ -1,11 +1,16 @@
-//! What a data thread's loop is made of: waiting for kicks, completions and orders.
+//! What a data thread's loop is made of: waiting for kicks, completions and orders, or looking for them.
 
+mod pace;
+
+use std::cell::Cell;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::mpsc::{self, TryRecvError};
 use std::time::Duration;
 
+pub use pace::{DEFAULT_MAX, Next, Pacer, PollArgs, PollMode, PollPolicy};
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
 use crate::event::Event;
@@ -68,12 +73,26 @@ impl Poller {
 pub struct Sender<T> {
     /// `None` only while being dropped.
     queue: Option<mpsc::Sender<T>>,
-    event: Arc<Event>,
+    bell: Arc<Bell>,
+}
+
+/// Says that there is something to take: to those who wait, and to those who look.
+#[derive(Debug)]
+struct Bell {
+    event: Event,
+    rung: AtomicU32,
+}
+
+impl Bell {
+    fn ring(&self) {
+        self.rung.fetch_add(1, Ordering::Release);
+        self.event.signal();
+    }
 }
 
 impl<T> Clone for Sender<T> {
     fn clone(&self) -> Self {
-        Self { queue: self.queue.clone(), event: self.event.clone() }
+        Self { queue: self.queue.clone(), bell: self.bell.clone() }
     }
 }
 
@@ -84,7 +103,7 @@ impl<T> Sender<T> {
             Some(queue) => queue.send(order).map_err(|e| e.0)?,
             None => return Err(order),
         }
-        self.event.signal();
+        self.bell.ring();
         Ok(())
     }
 }
@@ -93,7 +112,7 @@ impl<T> Drop for Sender<T> {
     /// The thread may be waiting for the end: first make it true, then wake.
     fn drop(&mut self) {
         self.queue = None;
-        self.event.signal();
+        self.bell.ring();
     }
 }
 
@@ -112,20 +131,31 @@ pub enum Order<T> {
 #[derive(Debug)]
 pub struct Receiver<T> {
     queue: mpsc::Receiver<T>,
-    event: Arc<Event>,
+    bell: Arc<Bell>,
+    /// What the bell had counted when there were no orders last.
+    heard: Cell<u32>,
 }
 
 impl<T> Receiver<T> {
     /// To be given to [`Poller::add_edge`]. Whenever it is reported, take orders until there are none.
     pub fn event(&self) -> &Event {
-        &self.event
+        &self.bell.event
+    }
+
+    /// There may be an order: worth a [`Receiver::take`]. Costs a load, for a thread that polls.
+    pub fn pending(&self) -> bool {
+        self.bell.rung.load(Ordering::Relaxed) != self.heard.get()
     }
 
     /// The next order, without waiting.
     pub fn take(&self) -> Order<T> {
+        let rung = self.bell.rung.load(Ordering::Acquire);
         match self.queue.try_recv() {
             Ok(order) => Order::Some(order),
-            Err(TryRecvError::Empty) => Order::None,
+            Err(TryRecvError::Empty) => {
+                self.heard.set(rung);
+                Order::None
+            }
             Err(TryRecvError::Disconnected) => Order::Closed,
         }
     }
@@ -141,8 +171,11 @@ impl<T> Receiver<T> {
 /// A new way to send orders to a data thread.
 pub fn mailbox<T>() -> io::Result<(Sender<T>, Receiver<T>)> {
     let (sender, receiver) = mpsc::channel();
-    let event = Arc::new(Event::new()?);
-    Ok((Sender { queue: Some(sender), event: event.clone() }, Receiver { queue: receiver, event }))
+    let bell = Arc::new(Bell { event: Event::new()?, rung: AtomicU32::new(0) });
+    Ok((
+        Sender { queue: Some(sender), bell: bell.clone() },
+        Receiver { queue: receiver, bell, heard: Cell::new(0) },
+    ))
 }
 
 #[cfg(test)]
@@ -166,6 +199,20 @@ mod tests {
         event.signal();
         poller.remove(&event).unwrap();
         assert!(tokens(&mut poller, Duration::ZERO).is_empty());
+    }
+
+    #[test]
+    fn an_order_is_pending_until_it_is_taken_and_the_end_for_ever() {
+        let (sender, receiver) = mailbox().unwrap();
+        assert!(!receiver.pending());
+        sender.send(1).unwrap();
+        sender.send(2).unwrap();
+        for n in [1, 2] {
+            assert!(receiver.pending() && matches!(receiver.take(), Order::Some(m) if m == n));
+        }
+        assert!(matches!(receiver.take(), Order::None) && !receiver.pending());
+        drop(sender);
+        assert!(receiver.pending() && matches!(receiver.take(), Order::Closed) && receiver.pending());
     }
 
     #[test]

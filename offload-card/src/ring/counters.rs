@@ -44,4 +44,10 @@ pub struct QueueCounters {
     pub in_flight: Counter,
     /// Chains found in the inflight area after a crash and done again.
     pub resubmitted: Counter,
+    /// Batches of answers shown to the driver.
+    pub batches: Counter,
+    /// Times that polling found work.
+    pub poll_hits: Counter,
+    /// Times that the thread slept.
+    pub sleeps: Counter,
 }

@@ -28,6 +28,7 @@ use tracing::{info, info_span, warn};
 
 use crate::device::{ConfigNotifier, Device};
 use crate::event::Event;
+use crate::limit::LogLimit;
 use crate::ring::QueueShared;
 use handler::Handler;
 use wire::Connection;
@@ -47,6 +48,8 @@ struct Shared {
     /// The connection being served, to be cut from outside.
     stream: Mutex<Option<UnixStream>>,
     finished: (Mutex<bool>, Condvar),
+    /// Of what a front-end can cause to be logged.
+    log: Arc<LogLimit>,
 }
 
 /// A device being served.
@@ -70,6 +73,7 @@ impl DeviceServer {
             config_changed: AtomicBool::new(false),
             stream: Mutex::new(None),
             finished: (Mutex::new(false), Condvar::new()),
+            log: Arc::default(),
         });
         let (span, thread_shared) = (info_span!("device", id = name), shared.clone());
         std::thread::Builder::new().name(format!("dev:{name}")).stack_size(STACK_BYTES).spawn(move || {
@@ -115,6 +119,9 @@ impl DeviceServer {
                 calls: c.calls.get(),
                 in_flight: c.in_flight.get(),
                 resubmitted: c.resubmitted.get(),
+                batches: c.batches.get(),
+                poll_hits: c.poll_hits.get(),
+                sleeps: c.sleeps.get(),
             }
         });
         DeviceStats {
@@ -174,10 +181,10 @@ fn serve(shared: &Arc<Shared>, device: &Arc<dyn Device>, listener: &UnixListener
             if let Some(serving) = &mut connection
                 && let Err(why) = serving.serve_one()
             {
-                match why {
-                    None => info!("front-end disconnected"),
-                    Some(e) => warn!("connection dropped: {e}"),
-                }
+                shared.log.say(|left_out| match why {
+                    None => info!("front-end disconnected{left_out}"),
+                    Some(e) => warn!("connection dropped: {e}{left_out}"),
+                });
                 if let Some(ended) = connection.take() {
                     end(shared, &ended);
                 }
@@ -187,7 +194,7 @@ fn serve(shared: &Arc<Shared>, device: &Arc<dyn Device>, listener: &UnixListener
                 Ok(Some(accepted)) => connection = Some(accepted),
                 Ok(None) => {}
                 Err(e) => {
-                    warn!("cannot accept a front-end: {e}");
+                    shared.log.say(|left_out| warn!("cannot accept a front-end: {e}{left_out}"));
                     // Out of descriptors or memory: trying at once would only burn time.
                     std::thread::sleep(Duration::from_millis(100));
                 }
@@ -226,18 +233,21 @@ fn accept(
         Err(e) => return Err(e),
     };
     if busy {
-        warn!("a second front-end was turned away: the device is in use");
+        shared.log.say(|left_out| {
+            warn!("a second front-end was turned away: the device is in use{left_out}");
+        });
         return Ok(None);
     }
     stream.set_nonblocking(false)?;
     let cut = stream.try_clone()?;
     let stop = shared.clone();
-    let handler = Handler::new(device.clone(), shared.queues.clone(), Box::new(move || stop.stopping()));
-    let connection = Connection::new(stream, handler)?;
+    let stopping = Box::new(move || stop.stopping());
+    let handler = Handler::new(device.clone(), shared.queues.clone(), shared.log.clone(), stopping);
+    let connection = Connection::new(stream, handler, shared.log.clone())?;
     *shared.stream.lock().unwrap_or_else(PoisonError::into_inner) = Some(cut);
     shared.connections.fetch_add(1, Ordering::Relaxed);
     shared.connected.store(true, Ordering::Relaxed);
-    info!("front-end connected");
+    shared.log.say(|left_out| info!("front-end connected{left_out}"));
     Ok(Some(connection))
 }
 

@@ -1,0 +1,252 @@
+//! When a data thread looks again, and when it sleeps.
+//!
+//! A sleep costs a kick and a wake-up, some 10 µs in all, for the driver or the device; a look costs next to nothing,
+//! but takes the CPU from others. An adaptive thread looks as long as looking has lately found something soon:
+//!
+//! ```text
+//!   work │←── window: look ──→│←──── sleep ────→│ woken
+//!        │←────────────── gap ─────────────────→│   gap up to max: the window becomes twice the gap, at most max
+//!                                                   longer: half the window, soon 0
+//! ```
+//!
+//! So a queue with requests every 20 µs is polled, one with a request every millisecond is not looked at in vain at all.
+
+use std::time::{Duration, Instant};
+
+/// Looks between two looks at the clock.
+const LOOKS: u32 = 16;
+/// A window below this is none.
+const MIN_WINDOW: Duration = Duration::from_micros(2);
+
+/// Longest window, if nobody says otherwise: some five times what a kick and a wake-up cost, so that the wait for a
+/// fast SSD is polled through, too, and what is wasted on a gap that turns out longer stays small beside it.
+pub const DEFAULT_MAX: Duration = Duration::from_micros(50);
+
+/// Whether a data thread looks for work or sleeps until it is woken.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, clap::ValueEnum)]
+pub enum PollMode {
+    /// Sleep as soon as there is nothing to do.
+    Never,
+    /// Look while that has lately found work soon, sleep otherwise.
+    #[default]
+    Adaptive,
+    /// Never sleep while a queue is started; takes a whole CPU.
+    Always,
+}
+
+/// A mode and its bound.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct PollPolicy {
+    /// The mode.
+    pub mode: PollMode,
+    /// Longest time [`PollMode::Adaptive`] looks without finding anything.
+    pub max: Duration,
+}
+
+impl Default for PollPolicy {
+    fn default() -> Self {
+        Self { mode: PollMode::default(), max: DEFAULT_MAX }
+    }
+}
+
+/// The command line's part of it; `#[command(flatten)]` it into a card's own.
+#[derive(Debug, Clone, Copy, clap::Args)]
+pub struct PollArgs {
+    /// When data threads look for work instead of sleeping until they are woken.
+    #[arg(long, value_enum, default_value_t)]
+    pub poll: PollMode,
+    /// Longest time an adaptive data thread looks without finding anything, in microseconds.
+    #[arg(long, value_name = "N", default_value_t = DEFAULT_MAX.as_micros() as u32,
+        value_parser = clap::value_parser!(u32).range(0..=1_000_000))]
+    pub poll_max_us: u32,
+}
+
+impl PollArgs {
+    /// What they say.
+    pub fn policy(&self) -> PollPolicy {
+        PollPolicy { mode: self.poll, max: Duration::from_micros(self.poll_max_us.into()) }
+    }
+}
+
+/// What to do after a look that found nothing.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Next {
+    /// Look again at once.
+    Look,
+    /// Ask for kicks, look once more, and sleep.
+    Sleep,
+}
+
+/// Decides for one data thread. In its loop: [`Pacer::worked`] after every look that found work, [`Pacer::idle`] after
+/// one that did not, [`Pacer::woke`] after a sleep.
+#[derive(Debug)]
+pub struct Pacer {
+    policy: PollPolicy,
+    window: Duration,
+    /// Looks in vain since there was work.
+    looks: u32,
+    /// When the first of them ended, roughly.
+    since: Option<Instant>,
+    /// When the last one before a sleep ended.
+    asleep: Option<Instant>,
+}
+
+impl Pacer {
+    /// One that has not seen anything yet.
+    pub fn new(policy: PollPolicy) -> Self {
+        Self { policy, window: Duration::ZERO, looks: 0, since: None, asleep: None }
+    }
+
+    /// A look found work. True if the looks before it did not: polling has saved a sleep.
+    pub fn worked(&mut self) -> bool {
+        let hit = self.looks > 0;
+        (self.looks, self.since) = (0, None);
+        hit
+    }
+
+    /// A look found nothing.
+    pub fn idle(&mut self) -> Next {
+        self.idle_at(Instant::now)
+    }
+
+    fn idle_at(&mut self, now: impl FnOnce() -> Instant) -> Next {
+        match self.policy.mode {
+            PollMode::Never => return Next::Sleep,
+            PollMode::Always => {}
+            PollMode::Adaptive if self.window.is_zero() => {
+                self.asleep = Some(now());
+                return Next::Sleep;
+            }
+            PollMode::Adaptive if self.looks % LOOKS == LOOKS - 1 => {
+                let now = now();
+                let since = *self.since.get_or_insert(now);
+                if now.saturating_duration_since(since) >= self.window {
+                    self.asleep = Some(now);
+                    return Next::Sleep;
+                }
+            }
+            PollMode::Adaptive => {}
+        }
+        // Not 0 when it wraps around: there were looks.
+        self.looks = self.looks.checked_add(1).unwrap_or(1);
+        std::hint::spin_loop();
+        Next::Look
+    }
+
+    /// The thread has slept, for whatever reason it was woken.
+    pub fn woke(&mut self) {
+        self.woke_at(Instant::now);
+    }
+
+    fn woke_at(&mut self, now: impl FnOnce() -> Instant) {
+        let looked = if self.looks > 0 { self.window } else { Duration::ZERO };
+        (self.looks, self.since) = (0, None);
+        let Some(asleep) = self.asleep.take() else { return };
+        let gap = looked + now().saturating_duration_since(asleep);
+        self.window = if gap <= self.policy.max {
+            // Twice, as gaps are not all the same.
+            (2 * gap).clamp(MIN_WINDOW, self.policy.max)
+        } else {
+            Some(self.window / 2).filter(|w| *w >= MIN_WINDOW).unwrap_or_default()
+        };
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const US: Duration = Duration::from_micros(1);
+
+    /// A thread whose look takes 10 ns, and its clock.
+    struct Thread {
+        pacer: Pacer,
+        now: Instant,
+        looks: u64,
+        sleeps: u64,
+    }
+
+    impl Thread {
+        fn new(mode: PollMode) -> Self {
+            let pacer = Pacer::new(PollPolicy { mode, max: 50 * US });
+            Self { pacer, now: Instant::now(), looks: 0, sleeps: 0 }
+        }
+
+        /// Work comes after `gap`; what it takes to get it.
+        fn gap(&mut self, gap: Duration) {
+            let due = self.now + gap;
+            while self.now < due {
+                let now = self.now;
+                match self.pacer.idle_at(|| now) {
+                    Next::Look => {
+                        self.looks += 1;
+                        self.now += Duration::from_nanos(10);
+                    }
+                    Next::Sleep => {
+                        self.sleeps += 1;
+                        self.now = due;
+                        self.pacer.woke_at(|| due);
+                    }
+                }
+            }
+            self.pacer.worked();
+        }
+    }
+
+    #[test]
+    fn short_gaps_are_polled_through_after_the_first() {
+        let mut thread = Thread::new(PollMode::Adaptive);
+        for _ in 0..100 {
+            thread.gap(20 * US);
+        }
+        assert_eq!(thread.sleeps, 1);
+    }
+
+    #[test]
+    fn an_idle_thread_soon_looks_no_more() {
+        let mut thread = Thread::new(PollMode::Adaptive);
+        thread.gap(20 * US);
+        thread.gap(20 * US);
+        for _ in 0..10 {
+            thread.gap(1000 * US);
+        }
+        let (looks, sleeps) = (thread.looks, thread.sleeps);
+        for _ in 0..10 {
+            thread.gap(1000 * US);
+        }
+        assert_eq!((thread.looks, thread.sleeps), (looks, sleeps + 10));
+        // What it wasted until then is bounded: 40 + 20 + 10 + ... µs, and some looks between clock readings.
+        assert!(looks < 2000 + 8000 + 10 * u64::from(LOOKS), "{looks}");
+    }
+
+    #[test]
+    fn a_gap_beyond_the_bound_is_slept_through_and_a_burst_is_noticed() {
+        let mut thread = Thread::new(PollMode::Adaptive);
+        for _ in 0..20 {
+            thread.gap(100 * US);
+        }
+        assert_eq!((thread.looks, thread.sleeps), (0, 20));
+        thread.gap(5 * US);
+        thread.gap(5 * US);
+        assert_eq!(thread.sleeps, 21);
+    }
+
+    #[test]
+    fn the_other_modes_do_not_think() {
+        let mut never = Thread::new(PollMode::Never);
+        let mut always = Thread::new(PollMode::Always);
+        for us in [0, 1, 5, 1, 500] {
+            never.gap(us * US);
+            always.gap(us * US);
+        }
+        assert_eq!((never.looks, never.sleeps, always.sleeps), (0, 4, 0));
+    }
+
+    #[test]
+    fn a_hit_is_work_that_polling_found() {
+        let mut pacer = Pacer::new(PollPolicy { mode: PollMode::Always, max: US });
+        assert!(!pacer.worked());
+        assert_eq!(pacer.idle(), Next::Look);
+        assert!(pacer.worked() && !pacer.worked());
+    }
+}
