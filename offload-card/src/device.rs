@@ -59,14 +59,20 @@ pub trait Device: Send + Sync {
 
     /// From now on `ring` is the engine's. It looks at the ring at once, not only after the first kick: requests may be
     /// waiting, and some may be left from a predecessor's crash (the ring pops those first). Returns without waiting for
-    /// any I/O. On an error the ring has been dropped, and the queue counts as stopped.
+    /// any I/O. An error is the host's (what is wrong with the ring was found before): the ring has been dropped with its
+    /// inflight record as it was, the queue counts as stopped, and the front-end will try again.
     fn start_queue(&self, ring: Ring) -> Result<(), Error>;
 
+    /// Orders queue `index` to take no more requests and to finish what is in flight. Returns at once: `stop_queue`
+    /// follows, when all queues that are to stop have their orders. An engine whose queues stop without waiting for
+    /// anything has nothing to do here.
+    fn begin_stop(&self, _index: u16) {}
+
     /// Takes no more requests from queue `index`, finishes what is in flight, publishes it, and gives the ring's state
-    /// back: nothing touches the guest's memory for this queue afterwards. Past `deadline` it answers [`Busy`], takes no
-    /// new requests all the same, and is called again until it succeeds: a storage that hangs must not let a write land
-    /// after the guest was told that the queue has stopped.
-    fn stop_queue(&self, index: u16, deadline: Instant) -> Result<RingState, Busy>;
+    /// back: nothing touches the guest's memory for this queue afterwards. `None`: it was not started. Past `deadline` it
+    /// answers [`Busy`], takes no new requests all the same, and is called again until it succeeds: a storage that hangs
+    /// must not let a write land after the guest was told that the queue has stopped.
+    fn stop_queue(&self, index: u16, deadline: Instant) -> Result<Option<RingState>, Busy>;
 
     /// Back to the state after creation, as far as the driver can change it (a written configuration space).
     fn reset(&self);

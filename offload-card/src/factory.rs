@@ -18,6 +18,9 @@ pub trait DeviceFactory: Send + Sync + 'static {
 
     /// Makes the device, or leaves nothing behind. Checks what `validate` checks, which has not been called before. The engine tells `notifier` when its configuration space changes.
     fn create(&self, spec: &DeviceSpec, notifier: ConfigNotifier) -> Result<Arc<dyn Device>, Error>;
+
+    /// The device `id` has been deleted: what is kept of it beside its record goes.
+    fn forget(&self, _id: &str) {}
 }
 
 impl<T: DeviceFactory> DeviceFactory for Arc<T> {
@@ -27,5 +30,9 @@ impl<T: DeviceFactory> DeviceFactory for Arc<T> {
 
     fn create(&self, spec: &DeviceSpec, notifier: ConfigNotifier) -> Result<Arc<dyn Device>, Error> {
         T::create(self, spec, notifier)
+    }
+
+    fn forget(&self, id: &str) {
+        T::forget(self, id);
     }
 }

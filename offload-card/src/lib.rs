@@ -22,6 +22,7 @@
 pub mod device;
 pub mod event;
 pub mod factory;
+pub mod limit;
 pub mod memory;
 pub mod poll;
 pub mod ring;

@@ -13,7 +13,7 @@ use offload_card::server::DeviceServer;
 use offload_card::testing::{Buffer, DriverQueue, Front, TestGuest, USER_BASE};
 use offload_card::{Busy, Chain, ConfigNotifier, Device, Identity, Ring, RingState};
 use proptest::prelude::*;
-use proto::error::Error;
+use proto::error::{Error, ErrorReason};
 use vhost::vhost_user::VhostUserFrontend;
 use vhost::vhost_user::message::{VhostUserConfigFlags, VhostUserProtocolFeatures};
 use vhost::{VhostBackend, VhostUserMemoryRegionInfo};
@@ -29,6 +29,8 @@ struct Echo {
     rings: Mutex<Vec<Option<Ring>>>,
     config: Mutex<[u8; CONFIG_BYTES as usize]>,
     held: Mutex<bool>,
+    /// The host has nothing to start a queue with.
+    refuses: Mutex<bool>,
     released: Condvar,
     log: Mutex<Vec<String>>,
 }
@@ -47,6 +49,7 @@ impl Echo {
             rings: Mutex::new(vec![None, None]),
             config: Mutex::new(*b"confspac"),
             held: Mutex::new(false),
+            refuses: Mutex::new(false),
             released: Condvar::new(),
             log: Mutex::default(),
         })
@@ -68,6 +71,17 @@ impl Echo {
     /// Serves what waits in queue `index`.
     fn nudge(&self, index: usize) -> usize {
         self.rings.lock().unwrap()[index].as_mut().map_or(0, echo)
+    }
+
+    /// Loses a queue without giving it back, as a crash does.
+    fn abandon(&self, index: usize) {
+        let mut ring = self.rings.lock().unwrap()[index].take().unwrap();
+        let mut chain = Chain::new();
+        while ring.pop(&mut chain).unwrap() {}
+    }
+
+    fn recovered(&self, index: usize) -> usize {
+        self.rings.lock().unwrap()[index].as_ref().map_or(0, Ring::recovered)
     }
 
     fn running(&self, index: usize) -> bool {
@@ -106,22 +120,31 @@ impl Device for Echo {
 
     fn start_queue(&self, ring: Ring) -> Result<(), Error> {
         self.log(format!("start {}", ring.index()));
+        if *self.refuses.lock().unwrap() {
+            return Err(Error::new(tonic::Code::ResourceExhausted, ErrorReason::Host, "no thread"));
+        }
         let index = usize::from(ring.index());
         assert!(self.rings.lock().unwrap()[index].replace(ring).is_none(), "started twice");
         Ok(())
     }
 
-    fn stop_queue(&self, index: u16, deadline: Instant) -> Result<RingState, Busy> {
+    fn begin_stop(&self, index: u16) {
+        self.log(format!("begin {index}"));
+    }
+
+    fn stop_queue(&self, index: u16, deadline: Instant) -> Result<Option<RingState>, Busy> {
         let held = self.held.lock().unwrap();
         let left = deadline.saturating_duration_since(Instant::now());
         let (held, _) = self.released.wait_timeout_while(held, left, |h| *h).unwrap();
         if *held {
             return Err(Busy { index, in_flight: 1 });
         }
-        let mut ring = self.rings.lock().unwrap()[usize::from(index)].take().expect("stopped twice");
+        let Some(mut ring) = self.rings.lock().unwrap()[usize::from(index)].take() else {
+            return Ok(None);
+        };
         echo(&mut ring);
         self.log(format!("stop {index}"));
-        Ok(ring.stop())
+        Ok(Some(ring.stop()))
     }
 
     fn reset(&self) {
@@ -318,6 +341,125 @@ fn what_cannot_be_is_refused_and_the_connection_goes_on() {
     assert!(front.frontend.set_vring_num(0, 32).is_err());
     assert!(front.frontend.set_vring_base(0, 7).is_err());
     assert!(setup.device.running(0));
+}
+
+#[test]
+fn what_the_host_cannot_do_now_ends_the_connection_and_not_the_device() {
+    let setup = setup();
+    let guest = TestGuest::new(1 << 20);
+    let mut queue = DriverQueue::new(&guest, 0, 16, FEATURES);
+    let mut front = Front::connect(&setup.socket);
+    front.set_up(&guest, FEATURES);
+    let inflight = front.new_inflight(2, 16);
+    front.set_inflight(&inflight);
+    front.start(0, &queue, 0);
+    let heads: Vec<_> = (0..2).map(|_| queue.add(&[Buffer::readable(0x8_0000, 1)]).unwrap()).collect();
+    // Killed with both in flight.
+    setup.device.abandon(0);
+    drop(front);
+    *setup.device.refuses.lock().unwrap() = true;
+    for _ in 0..3 {
+        let mut front = Front::connect_within(&setup.socket, PATIENCE);
+        front.set_up(&guest, FEATURES);
+        front.set_inflight(&inflight);
+        assert!(front.try_start(0, &queue, 0).is_err());
+        // The link is gone, and the driver has been told nothing.
+        assert!(front.frontend.get_features().is_err());
+        assert_eq!((setup.server.broken(), queue.error.take()), (None, 0));
+    }
+    *setup.device.refuses.lock().unwrap() = false;
+    let mut front = Front::connect_within(&setup.socket, PATIENCE);
+    front.set_up(&guest, FEATURES);
+    front.set_inflight(&inflight);
+    front.start(0, &queue, 0);
+    assert_eq!(setup.device.recovered(0), 2);
+    assert_eq!(setup.device.nudge(0), 2);
+    assert_eq!([queue.take_used(), queue.take_used()], [Some((heads[0], 0)), Some((heads[1], 0))]);
+}
+
+#[test]
+fn features_do_not_change_under_a_running_queue() {
+    let setup = setup();
+    let guest = TestGuest::new(1 << 20);
+    let queue = DriverQueue::new(&guest, 0, 16, FEATURES);
+    let mut front = Front::connect(&setup.socket);
+    front.set_up(&guest, FEATURES);
+    front.start(0, &queue, 0);
+    let f = &mut front.frontend;
+    assert!(f.set_features(FEATURES | PROTOCOL_FEATURES | 1 << 5).is_err());
+    assert!(f.set_features(FEATURES | PROTOCOL_FEATURES).is_ok());
+    assert!(setup.device.running(0));
+    front.stop(0);
+    front.frontend.set_features(FEATURES | PROTOCOL_FEATURES | 1 << 5).unwrap();
+}
+
+#[test]
+fn all_queues_have_their_orders_before_one_is_waited_for() {
+    let setup = setup();
+    let guest = TestGuest::new(1 << 20);
+    let mut front = Front::connect(&setup.socket);
+    front.set_up(&guest, FEATURES);
+    let queues = [0, 0x4_0000].map(|base| DriverQueue::new(&guest, base, 16, FEATURES));
+    for (index, queue) in queues.iter().enumerate() {
+        front.start(index, queue, 0);
+    }
+    setup.device.hold(true);
+    drop(front);
+    eventually("both ordered", || setup.device.logged("begin 0") && setup.device.logged("begin 1"));
+    assert!(setup.device.running(0) && setup.device.running(1));
+    setup.device.hold(false);
+    eventually("both stopped", || !setup.device.running(0) && !setup.device.running(1));
+}
+
+#[test]
+fn a_queue_that_was_not_started_counts_as_stopped() {
+    let setup = setup();
+    let guest = TestGuest::new(1 << 20);
+    let queue = DriverQueue::new(&guest, 0, 16, FEATURES);
+    let mut front = Front::connect(&setup.socket);
+    front.set_up(&guest, FEATURES);
+    front.start(0, &queue, 0);
+    // The engine has lost it.
+    setup.device.abandon(0);
+    assert_eq!(front.stop(0), 0);
+    drop(front);
+    still_serves(&setup);
+}
+
+#[test]
+fn removed_memory_is_unmapped_though_the_queue_is_idle() {
+    let setup = setup();
+    let guest = TestGuest::new(2 << 20);
+    let mut front = Front::connect(&setup.socket);
+    front.frontend.set_features(FEATURES | PROTOCOL_FEATURES).unwrap();
+    let region = |gpa: u64| VhostUserMemoryRegionInfo {
+        guest_phys_addr: gpa,
+        memory_size: 1 << 20,
+        userspace_addr: USER_BASE + gpa,
+        mmap_offset: gpa,
+        mmap_handle: guest.file().as_raw_fd(),
+    };
+    front.frontend.add_mem_region(&region(0)).unwrap();
+    front.frontend.add_mem_region(&region(1 << 20)).unwrap();
+    let queue = DriverQueue::new(&guest, 0, 16, FEATURES);
+    front.start(0, &queue, 0);
+    let inode = format!(" {} ", std::os::unix::fs::MetadataExt::ino(&guest.file().metadata().unwrap()));
+    let maps = || std::fs::read_to_string("/proc/self/maps").unwrap();
+    let pages = || {
+        let ranges = maps();
+        let range = |line: &str| {
+            let (from, to) = line.split(' ').next().unwrap().split_once('-').unwrap();
+            u64::from_str_radix(to, 16).unwrap() - u64::from_str_radix(from, 16).unwrap()
+        };
+        ranges.lines().filter(|l| l.contains(&inode)).map(range).sum::<u64>()
+    };
+    // The guest's own mapping, and ours of both halves.
+    assert_eq!(pages(), 4 << 20);
+    queue.kick.take();
+    front.frontend.remove_mem_region(&region(1 << 20)).unwrap();
+    assert!(queue.kick.take() > 0, "the engine is to look");
+    setup.device.nudge(0);
+    assert_eq!(pages(), 3 << 20);
 }
 
 fn message(request: u32, flags: u32, payload: &[u8]) -> Vec<u8> {

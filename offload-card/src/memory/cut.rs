@@ -5,15 +5,20 @@
 //! able to kill it. For mappings guarded here the signal's handler puts an empty page where the file's was: the one who cut
 //! it sees rubbish, nobody else sees anything.
 
+//!
+//! A file that is sealed against shrinking needs no guard. One that is not, and for which no guard is left, is not mapped.
+
+use std::fs::File;
 use std::io;
 use std::ptr;
-use std::sync::Once;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Once};
 
+use nix::fcntl::{FcntlArg, SealFlag, fcntl};
 use vm_memory::MmapRegion;
 
-/// Guarded mappings at a time. One that does not fit is simply not guarded.
-const MAX_RANGES: usize = 4096;
+/// Guarded mappings at a time, of all devices.
+const MAX_RANGES: usize = 16384;
 /// A slot being filled in.
 const RESERVED: usize = 1;
 const PAGE_BYTES: usize = 4096;
@@ -31,36 +36,84 @@ static RANGES: [Range; MAX_RANGES] =
     [const { Range { start: AtomicUsize::new(0), length: AtomicUsize::new(0), block: AtomicUsize::new(0) } };
         MAX_RANGES];
 
+/// How many guarded mappings one device has. Clones are the same quota.
+#[derive(Debug, Clone, Default)]
+pub struct Quota(Arc<AtomicUsize>);
+
+impl Quota {
+    /// Most of them. Front-ends have a handful.
+    pub const LIMIT: usize = 128;
+
+    fn take(&self) -> bool {
+        let one_more = |n| (n < Self::LIMIT).then_some(n + 1);
+        self.0.fetch_update(Ordering::Relaxed, Ordering::Relaxed, one_more).is_ok()
+    }
+
+    fn give_back(&self) {
+        self.0.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
 /// Keeps a mapping guarded. To be dropped after the mapping.
 #[derive(Debug)]
-pub(crate) struct Guard(Option<usize>);
+pub(crate) struct Guard(Option<Place>);
+
+#[derive(Debug)]
+struct Place {
+    slot: usize,
+    quota: Quota,
+}
+
+/// The file cannot become shorter. One of huge pages can lose them all the same: a hole is punched into it, and there
+/// is no page left to fill it when it is touched.
+fn cannot_be_cut(file: &File, block: u64) -> bool {
+    let seals = fcntl(file, FcntlArg::F_GET_SEALS).map(SealFlag::from_bits_retain);
+    block <= PAGE_BYTES as u64 && seals.is_ok_and(|s| s.contains(SealFlag::F_SEAL_SHRINK))
+}
+
+/// A free slot, which is reserved then.
+fn reserve(ranges: &[Range]) -> Option<usize> {
+    ranges.iter().position(|range| {
+        range.start.compare_exchange(0, RESERVED, Ordering::Acquire, Ordering::Relaxed).is_ok()
+    })
+}
 
 impl Guard {
-    /// Guards `mapping` of a file with blocks of `block` bytes.
-    pub(crate) fn new(mapping: &MmapRegion<()>, block: u64) -> Self {
+    /// Guards `mapping` of `file`, which has blocks of `block` bytes, if it needs to be.
+    ///
+    /// # Errors
+    /// `QuotaExceeded`: no guard is left for it.
+    pub(crate) fn new(mapping: &MmapRegion<()>, file: &File, block: u64, quota: &Quota) -> io::Result<Self> {
+        if cannot_be_cut(file, block) {
+            return Ok(Self(None));
+        }
+        let exceeded = |what| io::Error::new(io::ErrorKind::QuotaExceeded, what);
         static INSTALL: Once = Once::new();
         INSTALL.call_once(|| {
             if let Err(e) = install() {
                 tracing::warn!("a front-end that cuts its memory can kill this process: {e}");
             }
         });
-        let free = |range: &Range| {
-            range.start.compare_exchange(0, RESERVED, Ordering::Acquire, Ordering::Relaxed).is_ok()
-        };
-        let slot = RANGES.iter().position(free);
-        if let Some(range) = slot.and_then(|i| RANGES.get(i)) {
-            range.length.store(mapping.size(), Ordering::Relaxed);
-            range.block.store(usize::try_from(block).unwrap_or(PAGE_BYTES), Ordering::Relaxed);
-            range.start.store(mapping.as_ptr() as usize, Ordering::Release);
+        if !quota.take() {
+            return Err(exceeded("the device has too many mappings of such files"));
         }
-        Self(slot)
+        let Some(slot) = reserve(&RANGES) else {
+            quota.give_back();
+            return Err(exceeded("the process has too many mappings of such files"));
+        };
+        let range = &RANGES[slot];
+        range.length.store(mapping.size(), Ordering::Relaxed);
+        range.block.store(usize::try_from(block).unwrap_or(PAGE_BYTES), Ordering::Relaxed);
+        range.start.store(mapping.as_ptr() as usize, Ordering::Release);
+        Ok(Self(Some(Place { slot, quota: quota.clone() })))
     }
 }
 
 impl Drop for Guard {
     fn drop(&mut self) {
-        if let Some(range) = self.0.and_then(|i| RANGES.get(i)) {
-            range.start.store(0, Ordering::Release);
+        if let Some(place) = &self.0 {
+            RANGES[place.slot].start.store(0, Ordering::Release);
+            place.quota.give_back();
         }
     }
 }
@@ -116,9 +169,20 @@ mod tests {
     use vm_memory::{Bytes, GuestAddress};
 
     use super::super::{MemoryTable, Region};
+    use super::{Range, reserve};
     use crate::event::Event;
     use crate::ring::{Chain, FEATURES, Ring, RingConfig};
     use crate::testing::{Buffer, DriverQueue, TestGuest};
+
+    #[test]
+    fn there_is_an_end_to_the_slots() {
+        let ranges: [Range; 3] = std::array::from_fn(|_| Range {
+            start: Default::default(),
+            length: Default::default(),
+            block: Default::default(),
+        });
+        assert_eq!([(); 4].map(|()| reserve(&ranges)), [Some(0), Some(1), Some(2), None]);
+    }
 
     #[test]
     fn a_front_end_that_cuts_its_memory_only_hurts_itself() {

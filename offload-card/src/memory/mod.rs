@@ -16,12 +16,13 @@ use thiserror::Error;
 use vm_memory::{FileOffset, GuestAddress, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap, MmapRegion};
 
 pub(crate) use cut::Guard;
+pub use cut::Quota;
 
 /// Guest memory as crate `vm-memory` has it.
 pub type GuestMemory = GuestMemoryMmap<()>;
 
 /// One consistent view of a guest's memory. Views are kept alive by whoever works on them: what a chain points into
-/// stays mapped until the chain is dropped, whatever the front-end removes meanwhile.
+/// stays mapped until the chain is dropped, cleared or filled anew, whatever the front-end removes meanwhile.
 #[derive(Debug, Default)]
 pub struct View {
     memory: GuestMemory,
@@ -76,6 +77,15 @@ pub enum MemoryError {
         /// Length asked for in bytes.
         size: u64,
     },
+    /// Its file can be cut under us, and there are too many such already.
+    #[error("memory region at {gpa:#x} is of a file that is not sealed against shrinking: {source}")]
+    Unsealed {
+        /// Guest-physical address of the region.
+        gpa: u64,
+        /// Why it is not taken.
+        #[source]
+        source: std::io::Error,
+    },
     /// The kernel refused to look at or map the file.
     #[error("memory region at {gpa:#x} cannot be mapped")]
     Map {
@@ -99,6 +109,18 @@ pub struct Region {
 impl Region {
     /// Maps `size` bytes of `file` from `offset` as guest-physical `gpa`.
     pub fn map(gpa: u64, size: u64, user_address: u64, file: File, offset: u64) -> Result<Self, MemoryError> {
+        Self::map_within(&Quota::default(), gpa, size, user_address, file, offset)
+    }
+
+    /// As [`Region::map`], for a device that has this quota of files that can be cut.
+    pub fn map_within(
+        quota: &Quota,
+        gpa: u64,
+        size: u64,
+        user_address: u64,
+        file: File,
+        offset: u64,
+    ) -> Result<Self, MemoryError> {
         let out_of_range = || MemoryError::OutOfRange { gpa, size };
         let map = |source| MemoryError::Map { gpa, source };
         if size == 0 || gpa.checked_add(size).is_none() || user_address.checked_add(size).is_none() {
@@ -113,9 +135,12 @@ impl Region {
         if metadata.len() < end {
             return Err(MemoryError::FileTooShort { gpa, missing: end - metadata.len() });
         }
-        let mapping = MmapRegion::from_file(FileOffset::new(file, offset), length)
-            .map_err(|e| map(std::io::Error::other(e)))?;
-        let guard = Arc::new(Guard::new(&mapping, metadata.blksize()));
+        let file = FileOffset::new(file, offset);
+        let mapping =
+            MmapRegion::from_file(file.clone(), length).map_err(|e| map(std::io::Error::other(e)))?;
+        let guard = Guard::new(&mapping, file.file(), metadata.blksize(), quota)
+            .map_err(|source| MemoryError::Unsealed { gpa, source })?;
+        let guard = Arc::new(guard);
         let mapping = GuestRegionMmap::new(mapping, GuestAddress(gpa)).ok_or_else(out_of_range)?;
         Ok(Self { user_address, mapping: Arc::new(mapping), guard })
     }
@@ -264,6 +289,25 @@ mod tests {
         table.remove(0x10_0000, 0x1000, 0x7100_0000).unwrap();
         assert_eq!(table.translate(0x7100_0010), None);
         assert_eq!((held.num_regions(), table.view().num_regions()), (2, 1));
+    }
+
+    #[test]
+    fn files_that_can_be_cut_are_counted_and_sealed_ones_are_not() {
+        use nix::fcntl::{FcntlArg, SealFlag, fcntl};
+        use nix::sys::memfd::{MFdFlags, memfd_create};
+        let memfd = File::from(memfd_create(c"region", MFdFlags::MFD_ALLOW_SEALING).unwrap());
+        memfd.set_len(0x1000).unwrap();
+        let quota = Quota::default();
+        let map = || Region::map_within(&quota, 0, 0x1000, 0, memfd.try_clone().unwrap(), 0);
+        let mut regions: Vec<_> = (0..Quota::LIMIT).map(|_| map().unwrap()).collect();
+        assert!(matches!(map(), Err(MemoryError::Unsealed { .. })));
+        // Other devices are not concerned; and what is given back can be had again.
+        assert!(Region::map(0, 0x1000, 0, memfd.try_clone().unwrap(), 0).is_ok());
+        regions.pop();
+        regions.push(map().unwrap());
+        assert!(map().is_err());
+        fcntl(&memfd, FcntlArg::F_ADD_SEALS(SealFlag::F_SEAL_SHRINK)).unwrap();
+        regions.extend((0..100).map(|_| map().unwrap()));
     }
 
     #[test]

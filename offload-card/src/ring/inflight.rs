@@ -19,7 +19,7 @@ use nix::sys::memfd::{MFdFlags, memfd_create};
 use thiserror::Error;
 use vm_memory::{FileOffset, MmapRegion};
 
-use crate::memory::Guard;
+use crate::memory::{Guard, Quota};
 
 const ALIGN: u64 = 64;
 /// The layout's version.
@@ -117,9 +117,10 @@ impl InflightArea {
             return Err(misfit());
         }
         let length = usize::try_from(size).map_err(|_| misfit())?;
-        let region =
-            MmapRegion::from_file(FileOffset::new(file, offset), length).map_err(std::io::Error::other)?;
-        let guard = Guard::new(&region, metadata.blksize());
+        let file = FileOffset::new(file, offset);
+        let region = MmapRegion::from_file(file.clone(), length).map_err(std::io::Error::other)?;
+        // A device has one of these, and another only as long as rings run that began with it.
+        let guard = Guard::new(&region, file.file(), metadata.blksize(), &Quota::default())?;
         Ok(Self { mapping: Arc::new(Mapping { region, _guard: guard }), queues, queue_size })
     }
 

@@ -6,6 +6,7 @@ use arc_swap::ArcSwapOption;
 
 use super::counters::QueueCounters;
 use crate::event::Event;
+use crate::limit::LogLimit;
 
 /// The part of a queue that outlives its ring's restarts: where to send interrupts, what went wrong, counters. The
 /// call descriptor may be changed while the ring runs (a front-end does when the guest masks a vector).
@@ -17,6 +18,8 @@ pub struct QueueShared {
     error: ArcSwapOption<Event>,
     /// Counters.
     pub counters: QueueCounters,
+    /// Whatever the guest can cause to be logged about the queue, as often as it likes to start it anew.
+    pub log: LogLimit,
     broken: Mutex<Option<String>>,
 }
 

@@ -19,7 +19,8 @@
 //!
 //! In order: log, runtime directory, the card's own state (`build`), devices made again from their records, control
 //! socket, readiness. A device that cannot be made again (its image is gone) is logged, listed as broken and tried
-//! again from time to time; the controller can delete it.
+//! again from time to time; the controller can delete it. One whose storage does not answer holds readiness up for
+//! [`RESTORE_TIMEOUT`] at most.
 //!
 //! SIGTERM or SIGINT: the control socket closes, every device finishes what is in flight (for at most
 //! [`DRAIN_TIMEOUT`]), and the process exits with 0; records stay, so the next process has the same devices.
@@ -55,6 +56,10 @@ use registry::Registry;
 /// How long a graceful stop waits for what is in flight. What is not finished by then stays recorded as in flight, and
 /// is done again by the next process.
 pub const DRAIN_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// How long readiness waits for devices to be made again. A storage that does not answer must not keep the others' guests
+/// waiting; its own device is tried on.
+pub const RESTORE_TIMEOUT: Duration = Duration::from_secs(3);
 
 /// The command line every card has; `#[command(flatten)]` it into the binary's own.
 #[derive(Debug, Clone, clap::Args)]
@@ -125,7 +130,7 @@ fn serve<F: DeviceFactory>(
     records::make_device_directory(&devices)?;
     let Parts { factory, mut routes } = build(&args.runtime_dir)?;
     let registry = Arc::new(Registry::new(factory, devices));
-    registry.restore();
+    registry.restore(Instant::now() + RESTORE_TIMEOUT);
     let (listener, bound) = control_listener(&args.control)?;
     listener.set_nonblocking(true).map_err(|e| host("cannot set up the control socket", e))?;
 

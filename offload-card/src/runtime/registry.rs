@@ -2,6 +2,8 @@
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::mpsc::{self, RecvTimeoutError};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -11,7 +13,7 @@ use tonic::Code;
 use tracing::{info, warn};
 
 use super::{bind, host_error, records};
-use crate::device::{ConfigNotifier, Identity};
+use crate::device::{ConfigNotifier, Device, Identity};
 use crate::factory::DeviceFactory;
 use crate::server::DeviceServer;
 
@@ -21,15 +23,41 @@ const DELETE_TIMEOUT: Duration = Duration::from_secs(10);
 /// First and longest pause between attempts to make a lost device again.
 const RETRY_MIN: Duration = Duration::from_millis(50);
 const RETRY_MAX: Duration = Duration::from_secs(5);
+/// Threads that make devices again. A storage that does not answer holds one up for ever, and with it the devices that
+/// fall to the same thread: only on a card of more devices than this are there any.
+const RESTORE_THREADS: usize = 256;
+const RESTORE_STACK_BYTES: usize = 512 * 1024;
 
 /// A device id's place.
 enum Place {
-    /// Being created or deleted by a call that runs now, or being tried again after this error.
-    Busy(Option<String>),
+    /// Being created or deleted by a call that runs now.
+    Busy,
     /// Served.
     Live(Arc<Live>),
-    /// In the records, but it could not be made again when the card started.
-    Lost(DeviceSpec, String),
+    /// In the records, but it could not be made again yet.
+    Lost(Lost),
+}
+
+impl Place {
+    fn is_attempt(&self, number: u64) -> bool {
+        matches!(self, Self::Lost(lost) if lost.attempt == Some(number))
+    }
+
+    /// Makes it busy; why it was lost.
+    fn take_why(&mut self) -> String {
+        match std::mem::replace(self, Self::Busy) {
+            Self::Lost(lost) => lost.why,
+            Self::Busy | Self::Live(_) => String::new(),
+        }
+    }
+}
+
+struct Lost {
+    spec: DeviceSpec,
+    why: String,
+    /// Names the attempt to make it that runs now, if one does. It may never end; the device can be deleted all the same,
+    /// and whoever made it then finds his attempt forgotten.
+    attempt: Option<u64>,
 }
 
 struct Live {
@@ -44,11 +72,12 @@ pub(super) struct Registry<F> {
     factory: F,
     directory: PathBuf,
     places: Mutex<BTreeMap<String, Place>>,
+    attempts: AtomicU64,
 }
 
 impl<F: DeviceFactory> Registry<F> {
     pub(super) fn new(factory: F, directory: PathBuf) -> Self {
-        Self { factory, directory, places: Mutex::default() }
+        Self { factory, directory, places: Mutex::default(), attempts: AtomicU64::new(0) }
     }
 
     fn places(&self) -> MutexGuard<'_, BTreeMap<String, Place>> {
@@ -60,9 +89,10 @@ impl<F: DeviceFactory> Registry<F> {
         self.places().len()
     }
 
-    /// Makes the devices in the records again, and removes sockets nobody serves any more.
-    /// Those that cannot be made now are tried again from time to time: what was missing may come.
-    pub(super) fn restore(self: &Arc<Self>) {
+    /// Makes the devices in the records again, and removes sockets nobody serves any more. Each has its own thread, up to
+    /// [`RESTORE_THREADS`], which goes on trying until the device is there or deleted: what was missing may come, and what
+    /// hangs holds nobody else up. Returns when each has been tried once, or at `deadline`.
+    pub(super) fn restore(self: &Arc<Self>, deadline: Instant) {
         let specs = records::read_all(&self.directory);
         for entry in std::fs::read_dir(&self.directory).into_iter().flatten().flatten() {
             let path = entry.path();
@@ -71,63 +101,90 @@ impl<F: DeviceFactory> Registry<F> {
                 let _ = std::fs::remove_file(path);
             }
         }
-        let mut lost = false;
+        let ids: Vec<_> = specs.iter().map(|s| s.id.clone()).collect();
         for spec in specs {
-            lost |= !self.make_again(spec);
+            let lost = Lost { why: "it has not been made again yet".into(), attempt: None, spec };
+            self.places().insert(lost.spec.id.clone(), Place::Lost(lost));
         }
-        if lost {
-            let registry = self.clone();
-            let spawned =
-                std::thread::Builder::new().name("restore".into()).spawn(move || registry.retry_lost());
+        let (tried, all_tried) = mpsc::channel();
+        let threads = ids.len().min(RESTORE_THREADS);
+        for first in 0..threads {
+            let share: Vec<_> = ids.iter().skip(first).step_by(threads).cloned().collect();
+            let (registry, tried) = (self.clone(), tried.clone());
+            let spawned = std::thread::Builder::new()
+                .name("restore".into())
+                .stack_size(RESTORE_STACK_BYTES)
+                .spawn(move || registry.make_again(share, tried));
             if let Err(e) = spawned {
-                warn!("devices that could not be made again will not be tried again: {e}");
+                warn!("some devices will not be made again: no thread for it: {e}");
             }
+        }
+        drop(tried);
+        // It ends when all senders are gone, as they are after the first round.
+        let left = deadline.saturating_duration_since(Instant::now());
+        if all_tried.recv_timeout(left) == Err(RecvTimeoutError::Timeout) {
+            warn!("some devices take long to be made again, and the others are served meanwhile");
         }
     }
 
-    /// Makes a device from its record. False if that failed; then the device is lost.
-    fn make_again(&self, spec: DeviceSpec) -> bool {
-        let place = match self.make(&spec) {
+    /// Makes the devices `ids` again, as often as need be. `tried` goes when each has been tried once.
+    fn make_again(&self, mut ids: Vec<String>, tried: mpsc::Sender<()>) {
+        let mut pause = RETRY_MIN;
+        ids.retain(|id| self.try_again(id));
+        drop(tried);
+        while !ids.is_empty() {
+            std::thread::sleep(pause);
+            pause = (pause * 2).min(RETRY_MAX);
+            ids.retain(|id| self.try_again(id));
+        }
+    }
+
+    /// Tries to make a lost device. True: it is to be tried again.
+    fn try_again(&self, id: &str) -> bool {
+        let (spec, attempt) = match self.places().get_mut(id) {
+            // A call has it, and may leave it lost.
+            Some(Place::Busy) => return true,
+            Some(Place::Lost(lost)) => {
+                let attempt = self.attempts.fetch_add(1, Ordering::Relaxed);
+                lost.attempt = Some(attempt);
+                (lost.spec.clone(), attempt)
+            }
+            None | Some(Place::Live(_)) => return false,
+        };
+        let notifier = ConfigNotifier::default();
+        // This may take for ever; the rest does not.
+        let device = self.factory.create(&spec, notifier.clone());
+        let before;
+        {
+            let mut places = self.places();
+            match places.get_mut(id) {
+                Some(place) if place.is_attempt(attempt) => before = place.take_why(),
+                // Deleted meanwhile.
+                _ => {
+                    drop(places);
+                    if let Ok(device) = device {
+                        device.close();
+                    }
+                    return false;
+                }
+            }
+        }
+        let place = match device.and_then(|device| self.serve(&spec, device, &notifier)) {
             Ok(live) => {
-                info!("device {} is back", spec.id);
+                info!("device {id} is back");
                 Place::Live(Arc::new(live))
             }
             Err(e) => {
                 let why = e.to_string();
-                let known =
-                    matches!(self.places().get(&spec.id), Some(Place::Busy(Some(before))) if *before == why);
-                if !known {
-                    warn!("device {} cannot be made again, and is tried again: {why}", spec.id);
+                if why != before {
+                    warn!("device {id} cannot be made again, and is tried again: {why}");
                 }
-                Place::Lost(spec.clone(), why)
+                Place::Lost(Lost { spec, why, attempt: None })
             }
         };
-        let back = matches!(place, Place::Live(_));
-        self.places().insert(spec.id, place);
-        back
-    }
-
-    /// Tries to make lost devices until there are none.
-    fn retry_lost(&self) {
-        let mut pause = RETRY_MIN;
-        loop {
-            std::thread::sleep(pause);
-            pause = (pause * 2).min(RETRY_MAX);
-            let mut lost = Vec::new();
-            for place in self.places().values_mut() {
-                if let Place::Lost(spec, why) = place {
-                    let (spec, why) = (spec.clone(), std::mem::take(why));
-                    *place = Place::Busy(Some(why));
-                    lost.push(spec);
-                }
-            }
-            if lost.is_empty() {
-                return;
-            }
-            for spec in lost {
-                self.make_again(spec);
-            }
-        }
+        let lost = matches!(place, Place::Lost(_));
+        self.places().insert(id.to_owned(), place);
+        lost
     }
 
     fn socket(&self, id: &str) -> PathBuf {
@@ -137,9 +194,18 @@ impl<F: DeviceFactory> Registry<F> {
     fn make(&self, spec: &DeviceSpec) -> Result<Live, Error> {
         let notifier = ConfigNotifier::default();
         let device = self.factory.create(spec, notifier.clone())?;
+        self.serve(spec, device, &notifier)
+    }
+
+    fn serve(
+        &self,
+        spec: &DeviceSpec,
+        device: Arc<dyn Device>,
+        notifier: &ConfigNotifier,
+    ) -> Result<Live, Error> {
         let identity = device.identity().clone();
         let socket = self.socket(&spec.id);
-        let started = bind(&socket).and_then(|l| DeviceServer::start(&spec.id, device.clone(), l, &notifier));
+        let started = bind(&socket).and_then(|l| DeviceServer::start(&spec.id, device.clone(), l, notifier));
         match started {
             Ok(server) => Ok(Live { spec: spec.clone(), identity, socket, server }),
             Err(e) => {
@@ -156,8 +222,8 @@ impl<F: DeviceFactory> Registry<F> {
     pub(super) fn validate(&self, spec: &DeviceSpec) -> Result<v1::Device, Error> {
         check_id(&spec.id)?;
         match self.places().get(&spec.id) {
-            None | Some(Place::Lost(..)) => {}
-            Some(Place::Busy(_)) => return Err(busy(&spec.id)),
+            None | Some(Place::Lost(_)) => {}
+            Some(Place::Busy) => return Err(busy(&spec.id)),
             Some(Place::Live(live)) if live.spec == *spec => return Ok(live.describe()),
             Some(Place::Live(_)) => return Err(exists(&spec.id)),
         }
@@ -165,25 +231,27 @@ impl<F: DeviceFactory> Registry<F> {
         Ok(describe(spec, &identity, self.socket(&spec.id).display().to_string()))
     }
 
-    /// Makes a device, unless it is there.
+    /// Makes a device, unless it is there. One that is lost is tried once more, and stays lost if that fails.
     pub(super) fn create(&self, spec: &DeviceSpec) -> Result<v1::Device, Error> {
         check_id(&spec.id)?;
-        {
+        let was_lost = {
             let mut places = self.places();
-            match places.get(&spec.id) {
-                None => {}
-                Some(Place::Busy(_)) => return Err(busy(&spec.id)),
+            let was_lost = match places.get(&spec.id) {
+                None => false,
+                Some(Place::Busy | Place::Lost(Lost { attempt: Some(_), .. })) => return Err(busy(&spec.id)),
                 Some(Place::Live(live)) if live.spec == *spec => return Ok(live.describe()),
                 // Perhaps what was missing is there now.
-                Some(Place::Lost(lost, _)) if lost == spec => {}
-                Some(Place::Live(_) | Place::Lost(..)) => return Err(exists(&spec.id)),
-            }
-            places.insert(spec.id.clone(), Place::Busy(None));
-        }
+                Some(Place::Lost(lost)) if lost.spec == *spec => true,
+                Some(Place::Live(_) | Place::Lost(_)) => return Err(exists(&spec.id)),
+            };
+            places.insert(spec.id.clone(), Place::Busy);
+            was_lost
+        };
         // The record comes first: from the moment anybody can know of the device, a crash does not lose it.
-        let made = records::write(&self.directory, spec).and_then(|()| {
+        let recorded = if was_lost { Ok(()) } else { records::write(&self.directory, spec) };
+        let made = recorded.and_then(|()| {
             self.make(spec).inspect_err(|_| {
-                if let Err(e) = records::remove(&self.directory, &spec.id) {
+                if !was_lost && let Err(e) = records::remove(&self.directory, &spec.id) {
                     warn!("{e}");
                 }
             })
@@ -195,6 +263,11 @@ impl<F: DeviceFactory> Registry<F> {
                 info!("device {} created, socket {}", spec.id, live.socket.display());
                 places.insert(spec.id.clone(), Place::Live(Arc::new(live)));
                 Ok(device)
+            }
+            Err(e) if was_lost => {
+                let lost = Lost { spec: spec.clone(), why: e.to_string(), attempt: None };
+                places.insert(spec.id.clone(), Place::Lost(lost));
+                Err(e)
             }
             Err(e) => {
                 places.remove(&spec.id);
@@ -209,11 +282,11 @@ impl<F: DeviceFactory> Registry<F> {
             let mut places = self.places();
             let live = match places.get(id) {
                 None => return Err(not_found(id)),
-                Some(Place::Busy(_)) => return Err(busy(id)),
+                Some(Place::Busy) => return Err(busy(id)),
                 Some(Place::Live(live)) => Some(live.clone()),
-                Some(Place::Lost(..)) => None,
+                Some(Place::Lost(_)) => None,
             };
-            places.insert(id.to_owned(), Place::Busy(None));
+            places.insert(id.to_owned(), Place::Busy);
             live
         };
         if let Some(live) = &live {
@@ -225,6 +298,7 @@ impl<F: DeviceFactory> Registry<F> {
             }
         }
         let removed = records::remove(&self.directory, id);
+        self.factory.forget(id);
         self.places().remove(id);
         info!("device {id} deleted");
         removed
@@ -235,9 +309,9 @@ impl<F: DeviceFactory> Registry<F> {
         self.places()
             .values()
             .filter_map(|place| match place {
-                Place::Busy(_) => None,
+                Place::Busy => None,
                 Place::Live(live) => Some(live.describe()),
-                Place::Lost(spec, why) => {
+                Place::Lost(Lost { spec, why, .. }) => {
                     Some(v1::Device { spec: Some(spec.clone()), broken: why.clone(), ..Default::default() })
                 }
             })
@@ -249,7 +323,7 @@ impl<F: DeviceFactory> Registry<F> {
         let places = self.places();
         let live = |place: &Place| match place {
             Place::Live(live) => Some(live.server.stats(&live.spec.id)),
-            Place::Busy(_) | Place::Lost(..) => None,
+            Place::Busy | Place::Lost(_) => None,
         };
         if id.is_empty() {
             return Ok(places.values().filter_map(live).collect());
@@ -265,7 +339,7 @@ impl<F: DeviceFactory> Registry<F> {
             .into_values()
             .filter_map(|p| match p {
                 Place::Live(live) => Some(live),
-                Place::Busy(_) | Place::Lost(..) => None,
+                Place::Busy | Place::Lost(_) => None,
             })
             .collect();
         for device in &live {
@@ -338,3 +412,6 @@ fn busy(id: &str) -> Error {
     .resource(id)
     .remedy("try again in a moment")
 }
+
+#[cfg(test)]
+mod tests;

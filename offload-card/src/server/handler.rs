@@ -9,7 +9,7 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use tracing::{debug, info, warn};
+use tracing::{debug, error, info, warn};
 use vhost::vhost_user::message::{
     VhostTransferStateDirection, VhostTransferStatePhase, VhostUserConfigFlags, VhostUserInflight,
     VhostUserLog, VhostUserMemoryRegion, VhostUserProtocolFeatures as Protocol, VhostUserShMemConfig,
@@ -22,7 +22,8 @@ use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
 use super::wire;
 use crate::device::Device;
 use crate::event::Event;
-use crate::memory::{MemoryTable, Region};
+use crate::limit::LogLimit;
+use crate::memory::{MemoryTable, Quota, Region};
 use crate::ring::{FEATURES, InflightArea, MAX_SIZE, QueueShared, Ring, RingAddresses, RingConfig};
 
 /// How long GET_VRING_BASE waits for requests in flight before the connection is dropped. The end of a connection waits
@@ -59,6 +60,10 @@ pub(super) struct Handler {
     protocol_features: u64,
     inflight: Option<InflightArea>,
     backend_channel: Option<File>,
+    /// Mappings of files that the front-end can cut.
+    quota: Quota,
+    /// The device's.
+    log: Arc<LogLimit>,
     /// The device is being stopped.
     stopping: Box<dyn Fn() -> bool + Send>,
 }
@@ -76,6 +81,7 @@ impl Handler {
     pub(super) fn new(
         device: Arc<dyn Device>,
         queues: Vec<Arc<QueueShared>>,
+        log: Arc<LogLimit>,
         stopping: Box<dyn Fn() -> bool + Send>,
     ) -> Self {
         let vrings = queues.iter().map(|_| Vring::default()).collect();
@@ -89,6 +95,8 @@ impl Handler {
             protocol_features: 0,
             inflight: None,
             backend_channel: None,
+            quota: Quota::default(),
+            log,
             stopping,
         }
     }
@@ -132,7 +140,9 @@ impl Handler {
         }
     }
 
-    /// Starts queue `index` if everything is there. What prevents it is the queue's trouble: it shows as broken.
+    /// Starts queue `index` if everything is there. What is wrong with the ring is the driver's doing: it shows as broken.
+    /// What the host cannot do now it may be able to do later: the connection ends, the front-end tries again, and nothing
+    /// of what the driver asked for is lost meanwhile.
     fn maybe_start(&mut self, index: u32) -> Result<()> {
         let features = self.features;
         // A ring is enabled from the start if the front-end did not acknowledge the feature with which that is a message
@@ -145,19 +155,22 @@ impl Handler {
         if vring.running || vring.size == 0 || !vring.enabled.unwrap_or(implied) {
             return Ok(());
         }
-        let kick = kick.try_clone().map_err(failed)?;
+        let kick = kick.try_clone();
         let (size, base) = (vring.size, vring.base);
+        let kick = kick.map_err(|e| self.host_failed(index, &e))?;
         let index_u16 = u16::try_from(index).map_err(failed)?;
         let shared = self.queues[index as usize].clone();
         shared.clear_broken();
-        let started = if features & 1 << VIRTIO_F_VERSION_1 == 0 {
+        let ring = if features & 1 << VIRTIO_F_VERSION_1 == 0 {
             Err("the driver did not accept VIRTIO_F_VERSION_1, and legacy drivers are not served".to_owned())
         } else {
             let inflight = self.inflight.as_ref().and_then(|area| area.queue(index_u16, size));
             if self.inflight.is_some() && inflight.is_none() {
-                warn!(
-                    "queue {index} of {size} is not in the inflight area: a crash would lose what is in flight"
-                );
+                self.log.say(|left_out| {
+                    warn!(
+                        "queue {index} of {size} is not in the inflight area: requests are answered in order{left_out}"
+                    );
+                });
             }
             let config = RingConfig {
                 index: index_u16,
@@ -170,29 +183,33 @@ impl Handler {
                 shared: shared.clone(),
                 inflight,
             };
-            Ring::new(config).map_err(|e| e.to_string()).and_then(|ring| {
+            Ring::new(config).map_err(|e| e.to_string())
+        };
+        match ring {
+            Ok(ring) => {
                 let left = ring.in_flight();
                 if left > 0 {
                     info!("queue {index} starts with {left} requests left in flight by a predecessor");
                 }
-                self.device.start_queue(ring).map_err(|e| e.to_string())
-            })
-        };
-        match started {
-            Ok(()) => {
+                self.device.start_queue(ring).map_err(|e| self.host_failed(index, &e))?;
                 debug!("queue {index} of {size} started at {base}");
                 shared.announce();
                 self.vrings[index as usize].running = true;
-                Ok(())
             }
+            // Not a failed message: the driver may have broken the ring before it started, and a front-end that saw
+            // the message fail would connect anew for ever. The error descriptor tells it what to do.
             Err(why) => {
-                // Not a failed message: the driver may have broken the ring before it started, and a front-end that saw
-                // the message fail would connect anew for ever. The error descriptor tells it what to do.
-                warn!("queue {index} cannot start: {why}");
+                self.log.say(|left_out| warn!("queue {index} cannot start: {why}{left_out}"));
                 shared.set_broken(format!("queue {index}: {why}"));
-                Ok(())
             }
         }
+        Ok(())
+    }
+
+    /// The host cannot serve a queue now: ends the connection.
+    fn host_failed(&self, index: u32, why: &dyn std::fmt::Display) -> Error {
+        self.log.say(|left_out| error!("queue {index} cannot be served now: {why}{left_out}"));
+        Error::BackendInternalError
     }
 
     /// Takes queue `index` back from the engine. `patience` bounds the wait; `None`: as long as it takes.
@@ -202,6 +219,7 @@ impl Handler {
             return Ok(());
         }
         let index_u16 = u16::try_from(index).map_err(failed)?;
+        self.device.begin_stop(index_u16);
         let since = Instant::now();
         let state = loop {
             match self.device.stop_queue(index_u16, Instant::now() + STOP_SLICE) {
@@ -215,10 +233,16 @@ impl Handler {
                 }
             }
         };
-        debug!("queue {index} stopped at {}", state.next_avail);
         let vring = self.vring(index)?;
         vring.running = false;
-        vring.base = state.next_avail;
+        match state {
+            Some(state) => {
+                debug!("queue {index} stopped at {}", state.next_avail);
+                vring.base = state.next_avail;
+            }
+            // Where it was started it stands.
+            None => error!("queue {index} was given to the engine, which says it was not"),
+        }
         Ok(())
     }
 
@@ -228,6 +252,10 @@ impl Handler {
 
     /// Stops all queues. Their kick descriptors are forgotten: they start when the front-end sets them up again.
     fn stop_all(&mut self, patience: Option<Duration>) -> Result<()> {
+        // All have their orders before one is waited for, so that they finish at the same time.
+        for (index, _) in (0..).zip(&self.vrings).filter(|(_, vring)| vring.running) {
+            self.device.begin_stop(index);
+        }
         for index in self.indices() {
             self.stop(index, patience)?;
         }
@@ -253,9 +281,19 @@ impl Handler {
         fd.map(|fd| Event::from_peer(fd.into())).transpose().map_err(failed)
     }
 
-    fn region(region: &VhostUserMemoryRegion, file: File) -> Result<Region> {
+    fn region(&self, region: &VhostUserMemoryRegion, file: File) -> Result<Region> {
         let r = region;
-        Region::map(r.guest_phys_addr, r.memory_size, r.user_addr, file, r.mmap_offset).map_err(failed)
+        Region::map_within(&self.quota, r.guest_phys_addr, r.memory_size, r.user_addr, file, r.mmap_offset)
+            .map_err(failed)
+    }
+
+    /// Memory may have been removed. Whoever works on a ring lets go of it when he looks at the ring: have them look.
+    fn memory_removed(&self) {
+        for vring in self.vrings.iter().filter(|v| v.running) {
+            if let Some(kick) = &vring.kick {
+                kick.signal();
+            }
+        }
     }
 }
 
@@ -287,6 +325,12 @@ impl VhostUserBackendReqHandlerMut for Handler {
         if unknown != 0 {
             return Err(failed(format!("features {unknown:#x} were not offered")));
         }
+        // Running rings go by the features they were started with. Whether rings are enabled by a message of its own is
+        // no business of theirs.
+        let changed = (features ^ self.features) & !VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits();
+        if changed != 0 && self.vrings.iter().any(|v| v.running) {
+            return Err(failed(format!("features {changed:#x} cannot change while a queue runs")));
+        }
         self.features = features;
         for index in self.indices() {
             self.maybe_start(index)?;
@@ -301,8 +345,9 @@ impl VhostUserBackendReqHandlerMut for Handler {
         _postcopy: Option<bool>,
     ) -> Result<Option<Vec<VhostUserMemoryRegionBase>>> {
         let regions: Result<Vec<_>> =
-            regions.iter().zip(files).map(|(r, file)| Self::region(r, file)).collect();
+            regions.iter().zip(files).map(|(r, file)| self.region(r, file)).collect();
         self.memory.replace(regions?).map_err(failed)?;
+        self.memory_removed();
         Ok(None)
     }
 
@@ -464,12 +509,15 @@ impl VhostUserBackendReqHandlerMut for Handler {
         if self.memory.len() >= MAX_MEMORY_SLOTS {
             return Err(failed(format!("there are {MAX_MEMORY_SLOTS} memory regions already")));
         }
-        self.memory.add(Self::region(region, file)?).map_err(failed)?;
+        self.memory.add(self.region(region, file)?).map_err(failed)?;
         Ok(None)
     }
 
     fn remove_mem_region(&mut self, region: &VhostUserSingleMemoryRegion) -> Result<()> {
-        self.memory.remove(region.guest_phys_addr, region.memory_size, region.user_addr).map_err(failed)
+        let (gpa, size, user) = (region.guest_phys_addr, region.memory_size, region.user_addr);
+        self.memory.remove(gpa, size, user).map_err(failed)?;
+        self.memory_removed();
+        Ok(())
     }
 
     fn set_gpu_socket(&mut self, _gpu: GpuBackend) -> Result<()> {

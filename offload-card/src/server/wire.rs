@@ -15,6 +15,7 @@ use vhost::vhost_user::{BackendReqHandler, Error, VhostUserBackendReqHandlerMut}
 use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
 use super::handler::Handler;
+use crate::limit::LogLimit;
 
 const HEADER_BYTES: usize = 12;
 /// Longest payload we read and throw away.
@@ -69,6 +70,7 @@ pub(super) struct Connection {
     stream: UnixStream,
     decoder: BackendReqHandler<Mutex<Handler>>,
     handler: Arc<Mutex<Handler>>,
+    log: Arc<LogLimit>,
 }
 
 impl AsFd for Connection {
@@ -78,10 +80,10 @@ impl AsFd for Connection {
 }
 
 impl Connection {
-    pub(super) fn new(stream: UnixStream, handler: Handler) -> io::Result<Self> {
+    pub(super) fn new(stream: UnixStream, handler: Handler, log: Arc<LogLimit>) -> io::Result<Self> {
         let handler = Arc::new(Mutex::new(handler));
         let decoder = BackendReqHandler::from_stream(stream.try_clone()?, handler.clone());
-        Ok(Self { stream, decoder, handler })
+        Ok(Self { stream, decoder, handler, log })
     }
 
     /// The state behind the messages. Only the device's thread takes it, so it never waits.
@@ -116,7 +118,7 @@ impl Connection {
             Ok(()) => Ok(()),
             Err(Error::Disconnected) => Err(None),
             Err(Error::ReqHandlerError(e)) if !answers(header.request) => {
-                warn!("request {} failed: {e}", header.request);
+                self.log.say(|left_out| warn!("request {} failed: {e}{left_out}", header.request));
                 Ok(())
             }
             Err(e) => Err(Some(e)),
@@ -136,7 +138,7 @@ impl Connection {
             None => Err(io::Error::new(io::ErrorKind::InvalidInput, "no file descriptor came with it")),
         };
         if let Err(e) = &set {
-            warn!("the back-end channel cannot be used: {e}");
+            self.log.say(|left_out| warn!("the back-end channel cannot be used: {e}{left_out}"));
         }
         self.acknowledge(header, set.is_ok())
     }
@@ -160,7 +162,9 @@ impl Connection {
         match set {
             // Nobody must believe that the queue has stopped.
             Err(e @ Error::BackendInternalError) => return Err(Some(e)),
-            Err(ref e) => warn!("request {} failed: {e}", header.request),
+            Err(ref e) => {
+                self.log.say(|left_out| warn!("request {} failed: {e}{left_out}", header.request));
+            }
             Ok(()) => {}
         }
         self.acknowledge(header, set.is_ok())
@@ -172,7 +176,7 @@ impl Connection {
         // File descriptors that came with it are closed by the kernel.
         self.stream.read_exact(&mut bytes).map_err(|e| Some(broken(e)))?;
         self.skip_payload(header)?;
-        warn!("request {} is not supported", header.request);
+        self.log.say(|left_out| warn!("request {} is not supported{left_out}", header.request));
         let may_ask = header.flags & NEED_REPLY != 0 && self.reply_ack();
         if !may_ask && !IGNORED.contains(&header.request) {
             return Err(Some(Error::InvalidOperation(

@@ -1,0 +1,169 @@
+use std::collections::BTreeMap;
+use std::sync::Condvar;
+
+use super::*;
+use crate::device::Busy;
+use crate::ring::{Ring, RingState};
+
+const PATIENCE: Duration = Duration::from_secs(10);
+
+/// What making a device does, by id.
+#[derive(Clone, Copy, PartialEq)]
+enum Storage {
+    Works,
+    Missing,
+    Hangs,
+}
+
+#[derive(Default)]
+struct Inner {
+    storage: Mutex<BTreeMap<String, Storage>>,
+    changed: Condvar,
+    closed: Mutex<Vec<String>>,
+}
+
+#[derive(Clone, Default)]
+struct Storages(Arc<Inner>);
+
+impl Storages {
+    fn set(&self, id: &str, storage: Storage) {
+        self.0.storage.lock().unwrap().insert(id.to_owned(), storage);
+        self.0.changed.notify_all();
+    }
+
+    fn closed(&self, id: &str) -> bool {
+        self.0.closed.lock().unwrap().iter().any(|c| c == id)
+    }
+}
+
+struct Nothing(Identity, String, Storages);
+
+impl Device for Nothing {
+    fn identity(&self) -> &Identity {
+        &self.0
+    }
+    fn read_config(&self, _: u32, _: &mut [u8]) {}
+    fn write_config(&self, _: u32, _: &[u8]) -> Result<(), Error> {
+        Ok(())
+    }
+    fn start_queue(&self, _: Ring) -> Result<(), Error> {
+        Ok(())
+    }
+    fn stop_queue(&self, _: u16, _: Instant) -> Result<Option<RingState>, Busy> {
+        Ok(None)
+    }
+    fn reset(&self) {}
+    fn close(&self) {
+        self.2.0.closed.lock().unwrap().push(self.1.clone());
+    }
+}
+
+impl DeviceFactory for Storages {
+    fn validate(&self, _: &DeviceSpec) -> Result<Identity, Error> {
+        Ok(Identity { virtio_id: 42, features: 0, queues: 1, max_queue_size: 16, config_size: 0 })
+    }
+
+    fn create(&self, spec: &DeviceSpec, _: ConfigNotifier) -> Result<Arc<dyn Device>, Error> {
+        let hangs = |all: &mut BTreeMap<String, Storage>| all.get(&spec.id) == Some(&Storage::Hangs);
+        let all = self.0.changed.wait_while(self.0.storage.lock().unwrap(), hangs).unwrap();
+        match all.get(&spec.id) {
+            Some(Storage::Works) => {
+                Ok(Arc::new(Nothing(self.validate(spec)?, spec.id.clone(), self.clone())))
+            }
+            _ => Err(Error::new(Code::NotFound, ErrorReason::Host, "the image is gone")),
+        }
+    }
+}
+
+fn spec(id: &str) -> DeviceSpec {
+    DeviceSpec { id: id.into(), kind: None }
+}
+
+struct Setup {
+    storages: Storages,
+    dir: tempfile::TempDir,
+}
+
+impl Setup {
+    /// With records of these devices.
+    fn new(devices: &[(&str, Storage)]) -> Self {
+        let (storages, dir) = (Storages::default(), tempfile::tempdir().unwrap());
+        for (id, storage) in devices {
+            storages.set(id, *storage);
+            records::write(dir.path(), &spec(id)).unwrap();
+        }
+        Self { storages, dir }
+    }
+
+    fn start(&self, patience: Duration) -> Arc<Registry<Storages>> {
+        let registry = Arc::new(Registry::new(self.storages.clone(), self.dir.path().to_owned()));
+        registry.restore(Instant::now() + patience);
+        registry
+    }
+
+    fn recorded(&self, id: &str) -> bool {
+        records::read_all(self.dir.path()).contains(&spec(id))
+    }
+}
+
+fn broken(registry: &Registry<Storages>, id: &str) -> Option<String> {
+    let all = registry.list();
+    all.iter().find(|d| d.spec.as_ref().is_some_and(|s| s.id == id)).map(|d| d.broken.clone())
+}
+
+fn eventually(what: &str, mut is: impl FnMut() -> bool) {
+    let since = Instant::now();
+    while !is() {
+        assert!(since.elapsed() < PATIENCE, "not {what}");
+        std::thread::sleep(Duration::from_millis(2));
+    }
+}
+
+#[test]
+fn a_storage_that_hangs_holds_nobody_else_up() {
+    let setup = Setup::new(&[("a", Storage::Hangs), ("b", Storage::Works), ("c", Storage::Missing)]);
+    let registry = setup.start(Duration::from_millis(300));
+    assert_eq!(registry.len(), 3);
+    eventually("served", || broken(&registry, "b").as_deref() == Some(""));
+    eventually("told why", || broken(&registry, "c").is_some_and(|why| why.contains("the image is gone")));
+    assert!(broken(&registry, "a").is_some_and(|why| why.contains("not been made again yet")));
+    // What was missing comes.
+    setup.storages.set("c", Storage::Works);
+    eventually("back", || broken(&registry, "c").as_deref() == Some(""));
+    // Only the device that is being tried is busy, and even that can be deleted.
+    assert_eq!(registry.create(&spec("a")).unwrap_err().reason(), ErrorReason::WrongState);
+    registry.delete("a").unwrap();
+    assert!(!setup.recorded("a") && broken(&registry, "a").is_none());
+    // Its storage answers after all: nobody wants the device any more.
+    setup.storages.set("a", Storage::Works);
+    eventually("closed", || setup.storages.closed("a"));
+    assert!(broken(&registry, "a").is_none() && !setup.dir.path().join("a.sock").exists());
+}
+
+#[test]
+fn all_are_tried_before_the_card_is_ready_if_there_is_time() {
+    let setup = Setup::new(&[("a", Storage::Works), ("b", Storage::Missing)]);
+    let registry = setup.start(PATIENCE);
+    assert_eq!(broken(&registry, "a").as_deref(), Some(""));
+    assert!(broken(&registry, "b").is_some_and(|why| why.contains("the image is gone")));
+}
+
+#[test]
+fn a_lost_device_stays_lost_when_it_is_created_in_vain() {
+    let setup = Setup::new(&[("a", Storage::Missing)]);
+    let registry = setup.start(PATIENCE);
+    // At any moment it may be being tried.
+    let mut failed = None;
+    eventually("tried", || {
+        failed = registry.create(&spec("a")).err().filter(|e| e.reason() != ErrorReason::WrongState);
+        failed.is_some()
+    });
+    assert!(failed.unwrap().message().contains("the image is gone"));
+    assert!(setup.recorded("a") && broken(&registry, "a").is_some());
+    // It is still tried.
+    setup.storages.set("a", Storage::Works);
+    eventually("back", || broken(&registry, "a").as_deref() == Some(""));
+    // One that never was leaves nothing behind.
+    assert!(registry.create(&spec("b")).is_err());
+    assert!(!setup.recorded("b") && broken(&registry, "b").is_none());
+}
