@@ -98,11 +98,16 @@ pub(crate) enum VmCommand {
     /// Create a VM and start it
     Create(Box<Create>),
     /// List the VMs
-    #[command(visible_alias = "list")]
+    #[command(
+        visible_alias = "list",
+        after_help = "Examples:\n  outboard vm ls\n  outboard vm ls -o json | jq -r '.[].name'"
+    )]
     Ls,
     /// Show a VM: what it is made of, its state, its devices' links
+    #[command(after_help = "Examples:\n  outboard vm show web\n  outboard vm show web -o json | jq .slots")]
     Show(Name),
     /// Start a stopped VM
+    #[command(after_help = "Example:\n  outboard vm start web")]
     Start(Name),
     /// Stop a VM: press its power button, wait, then end it
     #[command(
@@ -119,9 +124,13 @@ pub(crate) enum VmCommand {
         force: bool,
     },
     /// Reset a running VM, as its reset button would
+    #[command(after_help = "Example:\n  outboard vm reboot web")]
     Reboot(Name),
     /// Remove a VM; its disk images stay
-    #[command(visible_alias = "remove")]
+    #[command(
+        visible_alias = "remove",
+        after_help = "Examples:\n  outboard vm rm web\n  outboard vm rm web --force"
+    )]
     Rm {
         #[command(flatten)]
         vm: Name,
@@ -153,6 +162,9 @@ pub(crate) enum VmCommand {
         vm: Option<String>,
     },
     /// Show a running VM's counters
+    #[command(
+        after_help = "Examples:\n  outboard vm stats web\n  outboard vm stats web -o json | jq .data_path_exits"
+    )]
     Stats(Name),
 }
 
@@ -230,15 +242,18 @@ pub(crate) enum NetworkCommand {
         /// Largest packet in bytes [default: 1500]
         #[arg(long, value_name = "BYTES")]
         mtu: Option<u32>,
-        /// Name of the network card it is on [default: the controller's first]
+        /// Name of the network card it is on [default: net, else the first network card that answers]
         #[arg(long, value_name = "CARD")]
         card: Option<String>,
     },
     /// List the networks
-    #[command(visible_alias = "list")]
+    #[command(
+        visible_alias = "list",
+        after_help = "Examples:\n  outboard network ls\n  outboard network ls -o json"
+    )]
     Ls,
     /// Remove a network that no VM uses
-    #[command(visible_alias = "remove")]
+    #[command(visible_alias = "remove", after_help = "Example:\n  outboard network rm private")]
     Rm {
         /// Its name
         name: String,
@@ -249,7 +264,10 @@ pub(crate) enum NetworkCommand {
 #[derive(Debug, Subcommand)]
 pub(crate) enum CardCommand {
     /// List the cards and whether they answer
-    #[command(visible_alias = "list")]
+    #[command(
+        visible_alias = "list",
+        after_help = "Examples:\n  outboard card ls\n  outboard card ls -o json"
+    )]
     Ls,
 }
 
@@ -262,6 +280,52 @@ mod tests {
     #[test]
     fn the_command_line_is_consistent() {
         Cli::command().debug_assert();
+    }
+
+    fn leaves(command: &clap::Command, path: &str, found: &mut Vec<(String, String)>) {
+        for sub in command.get_subcommands() {
+            let path = format!("{path} {}", sub.get_name());
+            if sub.has_subcommands() {
+                leaves(sub, &path, found);
+            } else {
+                let help = sub.get_after_help().map(ToString::to_string).unwrap_or_default();
+                found.push((path, help));
+            }
+        }
+    }
+
+    /// Each has an example, of itself, that the command line takes.
+    #[test]
+    fn every_command_has_examples_that_work() {
+        let mut found = Vec::new();
+        leaves(&Cli::command(), "outboard", &mut found);
+        assert!(found.len() >= 15, "{found:?}");
+        for (path, help) in found {
+            assert!(help.starts_with("Example"), "{path} has no example: {help:?}");
+            let text = help.replace("\\\n", " ");
+            let examples: Vec<_> = text.lines().filter_map(|l| Some(&l[l.find("outboard ")?..])).collect();
+            assert!(examples.iter().any(|e| e.starts_with(&path)), "{path}: {help}");
+            for example in examples {
+                let command = example.split(['|', '>']).next().unwrap_or_default();
+                // No shell is needed for quotes that hold no blank; those around a command line do.
+                let words = command.split('\'').enumerate().flat_map(|(i, part)| {
+                    if i % 2 == 1 { vec![part] } else { part.split_whitespace().collect() }
+                });
+                if let Err(e) = Cli::try_parse_from(words) {
+                    panic!("{example}: {e}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn the_default_card_of_a_network_is_told_as_it_is() {
+        let help = Cli::command()
+            .find_subcommand_mut("network")
+            .and_then(|n| n.find_subcommand_mut("create"))
+            .map(|c| c.render_long_help().to_string())
+            .unwrap_or_default();
+        assert!(help.contains("[default: net, else the first network card that answers]"), "{help}");
     }
 
     #[test]

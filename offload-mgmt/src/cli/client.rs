@@ -5,9 +5,10 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use indicatif::{ProgressBar, ProgressStyle};
+use proto::error::ErrorReason;
 use proto::v1::controller_client::ControllerClient;
 use tonic::transport::Channel;
-use tonic::{Response, Status};
+use tonic::{Code, Response, Status};
 
 use super::failure::Failure;
 use crate::controller::rpc;
@@ -32,7 +33,8 @@ impl Client {
     /// # Errors
     /// [`Failure::Unreachable`].
     pub(crate) async fn connect(socket: &Path) -> Result<Self, Failure> {
-        let channel = rpc::dial(socket).await.map_err(|e| Failure::connecting(socket, &e))?;
+        let dialled = with_progress("Connecting to the controller", rpc::dial(socket)).await;
+        let channel = dialled.map_err(|e| Failure::connecting(socket, &e))?;
         Ok(Self { socket: socket.to_owned(), channel })
     }
 
@@ -42,34 +44,31 @@ impl Client {
         ControllerClient::new(self.channel.clone()).max_decoding_message_size(64 << 20)
     }
 
-    /// One call, with its deadline.
+    /// One call, with its deadline; `doing` is shown, on a terminal, when it takes long.
     ///
     /// # Errors
     /// What the controller says, or [`Failure::Unreachable`].
-    pub(crate) async fn call<T>(
-        &self,
-        deadline: Duration,
-        call: impl Future<Output = Result<Response<T>, Status>>,
-    ) -> Result<T, Failure> {
-        rpc::call(deadline, call).await.map_err(|f| self.failure(f))
-    }
-
-    /// One call that a person may have to wait for: `doing` is shown, on a terminal, when it takes long.
-    ///
-    /// # Errors
-    /// As [`Client::call`].
     pub(crate) async fn wait<T>(
         &self,
         doing: &str,
         deadline: Duration,
         call: impl Future<Output = Result<Response<T>, Status>>,
     ) -> Result<T, Failure> {
-        with_progress(doing, self.call(deadline, call)).await
+        with_progress(doing, rpc::call(deadline, call)).await.map_err(|f| self.failure(f))
     }
 
     /// A failed stream or call.
     pub(crate) fn failure(&self, failure: rpc::Failure) -> Failure {
         match failure {
+            // The controller itself, not a card or hypervisor of which it says so.
+            rpc::Failure::Refused(e)
+                if e.code() == Code::Unavailable && e.reason() == ErrorReason::Internal =>
+            {
+                Failure::Unreachable(
+                    e.message().to_owned(),
+                    e.fact("remedy").unwrap_or("see: systemctl status outboard-mgmt").to_owned(),
+                )
+            }
             rpc::Failure::Refused(e) => Failure::Refused(e),
             rpc::Failure::NoAnswer(why) => Failure::broken(&self.socket, &why),
         }
@@ -77,7 +76,7 @@ impl Client {
 }
 
 /// Shows a spinner on standard error while something takes longer than a second, if that is a terminal.
-async fn with_progress<T>(doing: &str, work: impl Future<Output = T>) -> T {
+pub(crate) async fn with_progress<T>(doing: &str, work: impl Future<Output = T>) -> T {
     tokio::pin!(work);
     if !std::io::stderr().is_terminal() {
         return work.await;

@@ -27,7 +27,8 @@ pub(crate) async fn attach(client: &Client, vm: &str, skip_history: bool) -> Res
     // There is room: the channel is new.
     let _ = sender.try_send(first);
     let mut api = client.api();
-    let output = client.call(QUICK, api.console(ReceiverStream::new(input))).await?;
+    let output =
+        client.wait("Asking for the console", QUICK, api.console(ReceiverStream::new(input))).await?;
 
     // Raw only once the VM is known to be there: an error before leaves the terminal alone.
     let raw = RawMode::enter()?;

@@ -8,6 +8,9 @@ use proto::error::{Error, ErrorReason};
 
 use super::render::plain;
 
+/// What to do about what cannot happen.
+pub(crate) const BUG: &str = "this is a bug of outboard; please report it with the command you ran";
+
 /// Why a command failed.
 #[derive(Debug)]
 pub(crate) enum Failure {
@@ -92,7 +95,10 @@ impl From<io::Error> for Failure {
     fn from(e: io::Error) -> Self {
         match e.kind() {
             io::ErrorKind::BrokenPipe => Self::NobodyReads,
-            _ => Self::Local(format!("output cannot be written: {e}"), String::new()),
+            _ => Self::Local(
+                format!("input or output fails: {e}"),
+                "check where the output goes: its file system may be full, its terminal gone".to_owned(),
+            ),
         }
     }
 }
@@ -100,6 +106,15 @@ impl From<io::Error> for Failure {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn every_failure_says_what_to_do() {
+        for e in [io::ErrorKind::StorageFull, io::ErrorKind::Other, io::ErrorKind::WriteZero] {
+            assert!(Failure::from(io::Error::from(e)).text().contains("\nhint: "), "{e}");
+        }
+        assert!(Failure::broken(Path::new("/x.sock"), "gone").text().contains("\nhint: "));
+        assert_eq!(Failure::from(io::Error::from(io::ErrorKind::BrokenPipe)).text(), "");
+    }
 
     #[test]
     fn an_unreachable_socket_says_which_why_and_what_to_do() {

@@ -21,7 +21,7 @@ mod view;
 
 use args::{CardCommand, Cli, Command, Create, NetworkCommand, Output, VmCommand};
 use client::{Client, QUICK, SLOW};
-use failure::Failure;
+use failure::{BUG, Failure};
 
 use crate::controller::rpc;
 
@@ -36,7 +36,8 @@ pub fn main() -> ExitCode {
     let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
         Ok(runtime) => runtime,
         Err(e) => {
-            return report(&Failure::Local(format!("the runtime cannot be started: {e}"), String::new()));
+            let hint = "the host is out of memory, threads or files (see: ulimit -a)".to_owned();
+            return report(&Failure::Local(format!("the runtime cannot be started: {e}"), hint));
         }
     };
     let result = runtime.block_on(run(&cli));
@@ -79,13 +80,16 @@ async fn vm(cli: &Cli, client: &Client, command: &VmCommand) -> Result<(), Failu
     match command {
         VmCommand::Create(options) => create(cli, client, options).await,
         VmCommand::Ls => {
-            let answer = client.call(QUICK, api.list_vms(ListVmsRequest {})).await?;
+            let answer = client.wait("Asking the controller", QUICK, api.list_vms(ListVmsRequest {})).await?;
             let vms: Vec<_> = answer.vms.into_iter().map(|v| view::Vm::new(v, now_us())).collect();
             render::print(cli.output, &vms, || render::vms(&vms))
         }
         VmCommand::Show(name) => {
             let request = GetVmRequest { vm: name.vm.clone() };
-            let vm = view::Vm::new(client.call(QUICK, api.get_vm(request)).await?, now_us());
+            let vm = view::Vm::new(
+                client.wait("Asking the controller", QUICK, api.get_vm(request)).await?,
+                now_us(),
+            );
             render::print(cli.output, &vm, || render::vm(&vm))
         }
         VmCommand::Start(name) => {
@@ -157,20 +161,24 @@ async fn create(cli: &Cli, client: &Client, options: &Create) -> Result<(), Fail
 
 async fn reconnect(cli: &Cli) -> Result<Client, Failure> {
     let (attempts, pause) = COMEBACK;
-    let mut last = Client::connect(&cli.socket).await;
-    for _ in 1..attempts {
-        if last.is_ok() {
-            break;
+    let back = async {
+        let mut last = Client::connect(&cli.socket).await;
+        for _ in 1..attempts {
+            if last.is_ok() {
+                break;
+            }
+            tokio::time::sleep(pause).await;
+            last = Client::connect(&cli.socket).await;
         }
-        tokio::time::sleep(pause).await;
-        last = Client::connect(&cli.socket).await;
-    }
-    last
+        last
+    };
+    client::with_progress("Waiting for the controller to come back", back).await
 }
 
 async fn events(cli: &Cli, client: &Client, vm: String) -> Result<(), Failure> {
     let mut api = client.api();
-    let mut events = client.call(QUICK, api.watch_events(WatchEventsRequest { vm })).await?;
+    let mut events =
+        client.wait("Asking the controller", QUICK, api.watch_events(WatchEventsRequest { vm })).await?;
     loop {
         let event = events.message().await.map_err(|s| client.failure(rpc::failure(s)))?;
         let Some(event) = event else { return Ok(()) };
@@ -179,7 +187,7 @@ async fn events(cli: &Cli, client: &Client, vm: String) -> Result<(), Failure> {
             Output::Table => render::event(&event),
             Output::Json => {
                 let json = serde_json::to_string(&event);
-                json.map_err(|e| Failure::Local(format!("the event is no JSON: {e}"), String::new()))? + "\n"
+                json.map_err(|e| Failure::Local(format!("the event is no JSON: {e}"), BUG.to_owned()))? + "\n"
             }
         };
         let mut out = io::stdout().lock();
@@ -205,7 +213,9 @@ async fn network(cli: &Cli, client: &Client, command: &NetworkCommand) -> Result
             render::print(cli.output, &network, || format!("{}\n", network.id))
         }
         NetworkCommand::Ls => {
-            let answer = client.call(QUICK, api.list_networks(ListNetworksRequest {})).await?;
+            let answer = client
+                .wait("Asking the controller", QUICK, api.list_networks(ListNetworksRequest {}))
+                .await?;
             let networks: Vec<_> = answer.networks.into_iter().map(view::Network::from).collect();
             render::print(cli.output, &networks, || render::networks(&networks))
         }

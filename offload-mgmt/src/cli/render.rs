@@ -8,7 +8,7 @@ use comfy_table::{Table, presets};
 use serde::Serialize;
 
 use super::args::Output;
-use super::failure::Failure;
+use super::failure::{BUG, Failure};
 use super::options::Size;
 use super::view::{Card, Event, Network, Stats, Vm, What};
 
@@ -25,7 +25,7 @@ pub(crate) fn print(
         Output::Table => plain(&text()),
         Output::Json => {
             let text = serde_json::to_string_pretty(json);
-            text.map_err(|e| Failure::Local(format!("the answer is no JSON: {e}"), String::new()))? + "\n"
+            text.map_err(|e| Failure::Local(format!("the answer is no JSON: {e}"), BUG.to_owned()))? + "\n"
         }
     };
     let mut out = io::stdout().lock();

@@ -53,8 +53,19 @@ pub(crate) struct Cards {
 
 impl Cards {
     /// Cards that are dialled when first needed.
-    pub(crate) fn new(configs: &[CardConfig], deadline: Duration) -> Self {
-        Self { cards: configs.iter().map(|c| Arc::new(Card::new(&c.name, &c.socket, deadline))).collect() }
+    ///
+    /// # Errors
+    /// INVALID_FIELD if two have one name.
+    pub(crate) fn new(configs: &[CardConfig], deadline: Duration) -> Result<Self, Error> {
+        for (i, card) in configs.iter().enumerate() {
+            if configs.iter().take(i).any(|c| c.name == card.name) {
+                return Err(Error::invalid_field("card", format!("two cards are named {}", card.name))
+                    .resource(card.name.clone())
+                    .remedy("give every --card a name of its own"));
+            }
+        }
+        let cards = configs.iter().map(|c| Arc::new(Card::new(&c.name, &c.socket, deadline))).collect();
+        Ok(Self { cards })
     }
 
     /// All of them, in the order of the configuration.
@@ -179,6 +190,14 @@ fn word(kind: CardKind) -> &'static str {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_name_means_one_card() {
+        let card = |name: &str| CardConfig { name: name.into(), socket: "/x".into() };
+        assert!(Cards::new(&[card("a"), card("b")], Duration::ZERO).is_ok());
+        let e = Cards::new(&[card("a"), card("b"), card("a")], Duration::ZERO).expect_err("twice");
+        assert!(e.message().contains("named a") && e.fact("remedy").is_some(), "{e}");
+    }
 
     #[test]
     fn a_card_is_a_name_and_a_socket() {

@@ -1,6 +1,8 @@
 //! The console: bytes passed between a client and the VM's hypervisor, over a connection of its own so that a client
 //! that does not read holds up nothing but itself.
 
+use std::time::Duration;
+
 use proto::error::Error;
 use proto::v1::hypervisor_client::HypervisorClient;
 use proto::v1::{ConsoleInput, ConsoleOutput};
@@ -8,10 +10,14 @@ use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Status, Streaming};
 
-use super::{Controller, rpc};
+use super::{Controller, ending, rpc};
+
+/// How long a client may take to have room for the reason why its console ends.
+const LAST_WORD: Duration = Duration::from_secs(1);
 
 impl Controller {
-    /// Connects a client's stream with a VM's console. The output ends when the VM does.
+    /// Connects a client's stream with a VM's console. The output ends when the VM does, and with an error
+    /// when the controller does.
     ///
     /// # Errors
     /// VM_NOT_FOUND, WRONG_STATE if it does not run, HYPERVISOR_UNREACHABLE.
@@ -59,7 +65,10 @@ impl Controller {
             tokio::select! {
                 () = pass_on => {}
                 () = to_client.closed() => {}
-                _ = closing.wait_for(|c| *c) => {}
+                () = async { drop(closing.wait_for(|c| *c).await) } => {
+                    // A client that does not read learns it from the connection's end.
+                    let _ = to_client.send_timeout(Err(ending().into()), LAST_WORD).await;
+                }
             }
         });
         Ok(ReceiverStream::new(client_output))

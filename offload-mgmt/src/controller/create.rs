@@ -27,7 +27,8 @@ impl Controller {
             return Err(Error::invalid_field(
                 "client_token",
                 format!("the client token is {} bytes long, more than {TOKEN_MAX}", token.len()),
-            ));
+            )
+            .remedy("use a short random one, such as a UUID"));
         }
         let fingerprint = request.encode_to_vec();
         if let Some(vm) = self.ctx.registry.with_token(&token, &fingerprint)? {

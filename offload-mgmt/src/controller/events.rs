@@ -8,6 +8,7 @@ use tokio::sync::{broadcast, mpsc};
 use tonic::Status;
 
 use super::clock::now_us;
+use super::ending;
 
 /// Events a watcher may be behind.
 const BACKLOG: usize = 1024;
@@ -44,15 +45,17 @@ impl EventBus {
     }
 
     /// Events from now on, of one VM or of all. The stream of one VM ends after its `deleted`; every stream ends with
-    /// [`EventBus::close`].
+    /// an error at [`EventBus::close`].
     pub(crate) fn watch(&self, vm_id: Option<String>) -> mpsc::Receiver<Result<Event, Status>> {
         let (tx, rx) = mpsc::channel(16);
         let source = {
             let guard = self.sender.lock().unwrap_or_else(PoisonError::into_inner);
             guard.1.as_ref().map(broadcast::Sender::subscribe)
         };
-        if let Some(source) = source {
-            tokio::spawn(forward(source, tx, vm_id));
+        match source {
+            Some(source) => drop(tokio::spawn(forward(source, tx, vm_id))),
+            // There is room: the channel is new.
+            None => drop(tx.try_send(Err(ending().into()))),
         }
         rx
     }
@@ -79,7 +82,11 @@ async fn forward(
             Err(broadcast::error::RecvError::Lagged(missed)) => {
                 Event { time_us: now_us(), event: Some(event::Event::Missed(missed)), ..Event::default() }
             }
-            Err(broadcast::error::RecvError::Closed) => return,
+            Err(broadcast::error::RecvError::Closed) => {
+                // A watcher that is gone needs no word.
+                let _ = tx.send(Err(ending().into())).await;
+                return;
+            }
         };
         let last = vm_id.is_some() && matches!(event.event, Some(event::Event::Deleted(_)));
         if tx.send(Ok(event)).await.is_err() || last {
@@ -121,7 +128,17 @@ mod tests {
             bus.publish("a", "one", event::Event::Created(true));
         }
         bus.close();
-        let events = drain(&mut rx).await;
+        let mut events = Vec::new();
+        let end = loop {
+            match rx.recv().await.expect("an error before the end") {
+                Ok(e) => events.push(e),
+                Err(end) => break end,
+            }
+        };
+        // Not as if there were nothing more to come; nor for who comes later.
+        assert_eq!((end.code(), rx.recv().await.is_none()), (tonic::Code::Unavailable, true));
+        let late = bus.watch(None).recv().await.expect("an error");
+        assert_eq!(late.expect_err("an error").code(), tonic::Code::Unavailable);
         let missed: u64 = events
             .iter()
             .filter_map(|e| if let Some(event::Event::Missed(n)) = e.event { Some(n) } else { None })

@@ -155,7 +155,9 @@ pub(crate) fn check_initramfs(path: &str) -> Result<(), Error> {
 
 /// The host said no.
 pub(crate) fn host_error(what: &str, e: &io::Error) -> Error {
-    let error = Error::new(Code::Internal, ErrorReason::Host, format!("{what}: {e}")).resource(what);
+    let error = Error::new(Code::Internal, ErrorReason::Host, format!("{what}: {e}"))
+        .resource(what)
+        .remedy("look at the host: the path and its permissions, free space and memory, the kernel's log");
     match e.raw_os_error() {
         Some(errno) => error.with("errno", errno.to_string()),
         None => error,
@@ -182,6 +184,14 @@ mod tests {
             let e = check_memory(wanted, host).expect_err("too much");
             assert_eq!(e.reason(), ErrorReason::NotEnoughMemory);
         }
+    }
+
+    #[test]
+    fn what_the_host_refuses_has_a_remedy() {
+        let e = host_error("/srv/x", &io::Error::from_raw_os_error(5));
+        assert_eq!((e.fact("errno"), e.fact("remedy").is_some()), (Some("5"), true));
+        let huge = check_memory(1 << 50, Memory { total: 1, available: 1 }).expect_err("too much");
+        assert!(huge.fact("remedy").is_some());
     }
 
     #[test]

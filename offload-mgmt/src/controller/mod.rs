@@ -6,8 +6,9 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
-use proto::error::Error;
+use proto::error::{Error, ErrorReason};
 use tokio::sync::{oneshot, watch};
+use tonic::Code;
 
 use crate::runner::Runner;
 
@@ -103,19 +104,26 @@ pub struct Controller {
     closing: Arc<watch::Sender<bool>>,
 }
 
+/// Why a stream ends though what it is about goes on.
+pub(crate) fn ending() -> Error {
+    Error::new(Code::Unavailable, ErrorReason::Internal, "the controller is ending; VMs run on")
+        .remedy("try again in a moment; see: systemctl status outboard-mgmt")
+}
+
 impl Controller {
     /// Opens the database and finds what runs. VMs whose hypervisors do not answer within a few seconds are looked for
     /// in the background.
     ///
     /// # Errors
-    /// The database cannot be used.
+    /// The database cannot be used, or two cards have one name.
     pub async fn start(config: Config) -> Result<Self, Error> {
+        let cards = Cards::new(&config.cards, config.deadlines.card)?;
         let store = Store::open(&config.state_dir)?;
         let contents = store.load()?;
         let ctx = Arc::new(Context {
             runner: config.runner,
             store,
-            cards: Cards::new(&config.cards, config.deadlines.card),
+            cards,
             events: EventBus::default(),
             registry: Registry::default(),
             deadlines: config.deadlines,

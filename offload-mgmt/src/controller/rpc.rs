@@ -1,12 +1,17 @@
 //! Calls to other processes: every one has a deadline, and a peer that failed is told from a peer that said no.
 
 use std::io;
-use std::os::unix::net::UnixStream as StdUnixStream;
+use std::os::fd::AsRawFd;
 use std::path::Path;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use hyper_util::rt::TokioIo;
+use nix::sys::socket::{
+    AddressFamily, SockFlag, SockType, UnixAddr, connect, getsockopt, setsockopt, socket as stream_socket,
+    sockopt,
+};
+use nix::sys::time::{TimeVal, TimeValLike};
 use proto::error::Error;
 use tokio::net::UnixStream;
 use tonic::transport::{Channel, Endpoint};
@@ -96,11 +101,23 @@ pub(crate) fn nobody_listens(e: &io::Error) -> bool {
     matches!(e.kind(), io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused)
 }
 
-/// The process that listens on a Unix socket, from the kernel's record of it.
-pub(crate) fn listener_pid(socket: &Path) -> Option<i32> {
-    let stream = StdUnixStream::connect(socket).ok()?;
-    let cred = nix::sys::socket::getsockopt(&stream, nix::sys::socket::sockopt::PeerCredentials).ok()?;
-    (cred.pid() > 0).then(|| cred.pid())
+/// The process that listens on a Unix socket, from the kernel's record of it; `None` if nobody does. Blocks, for up to
+/// [`CONNECT_DEADLINE`] where the listener's backlog is full.
+///
+/// # Errors
+/// Somebody listens and does not take the connection in time, or the host refuses.
+pub(crate) fn listener_pid(socket: &Path) -> io::Result<Option<i32>> {
+    let stream = stream_socket(AddressFamily::Unix, SockType::Stream, SockFlag::SOCK_CLOEXEC, None)?;
+    // It bounds connect(2) too (socket(7), SO_SNDTIMEO).
+    let deadline = TimeVal::milliseconds(CONNECT_DEADLINE.as_millis().try_into().unwrap_or(i64::MAX));
+    setsockopt(&stream, sockopt::SendTimeout, &deadline)?;
+    match connect(stream.as_raw_fd(), &UnixAddr::new(socket)?).map_err(io::Error::from) {
+        Ok(()) => {}
+        Err(e) if nobody_listens(&e) => return Ok(None),
+        Err(e) => return Err(e),
+    }
+    let pid = getsockopt(&stream, sockopt::PeerCredentials)?.pid();
+    Ok((pid > 0).then_some(pid))
 }
 
 fn seconds(d: Duration) -> String {

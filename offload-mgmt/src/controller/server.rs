@@ -8,14 +8,18 @@ use std::time::Duration;
 
 use nix::unistd::Group;
 use proto::v1::controller_server::ControllerServer;
-use tokio::net::UnixListener;
+use tokio::net::{UnixListener, UnixStream as TokioUnixStream};
 use tokio_stream::wrappers::UnixListenerStream;
+use tokio_stream::{Stream, StreamExt};
 use tonic::transport::Server;
 
 use super::Controller;
 
 /// People in this group may use the API.
 const GROUP: &str = "outboard";
+/// Pause after a connection that could not be taken: it is still there, and without a file descriptor for it the next
+/// attempt fails like the last.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 /// How long calls that are being answered may take when the controller ends.
 const DRAIN_DEADLINE: Duration = Duration::from_secs(10);
 
@@ -26,10 +30,10 @@ pub enum ServeError {
     #[error("another controller serves {}; stop it, or give this one another --api-socket", .0.display())]
     InUse(PathBuf),
     /// The socket cannot be made.
-    #[error("the API socket {} cannot be made", .0.display())]
+    #[error("the API socket {} cannot be made; check its directory, or give another --api-socket", .0.display())]
     Socket(PathBuf, #[source] io::Error),
     /// Serving failed.
-    #[error("the API server failed")]
+    #[error("the API server failed; start outboard-mgmt again")]
     Server(#[source] tonic::transport::Error),
 }
 
@@ -89,7 +93,7 @@ impl Api {
         };
         let serving = Server::builder()
             .add_service(ControllerServer::new(controller))
-            .serve_with_incoming_shutdown(UnixListenerStream::new(self.listener), stopped);
+            .serve_with_incoming_shutdown(incoming(self.listener), stopped);
         let too_long = async {
             if drain.await.is_ok() {
                 tokio::time::sleep(DRAIN_DEADLINE).await;
@@ -108,4 +112,26 @@ impl Api {
         let _ = std::fs::remove_file(&self.path);
         result
     }
+}
+
+/// Connections, as they come; the server would try again at once after an error.
+fn incoming(listener: UnixListener) -> impl Stream<Item = io::Result<TokioUnixStream>> {
+    let mut told = false;
+    let taken = UnixListenerStream::new(listener).then(move |connection| {
+        let failed = connection.as_ref().err().map(ToString::to_string);
+        let tell = failed.filter(|_| !told);
+        told = connection.is_err();
+        async move {
+            if let Some(e) = tell {
+                tracing::error!(
+                    "connections cannot be taken, trying on: {e}; see LimitNOFILE= of the service"
+                );
+            }
+            if connection.is_err() {
+                tokio::time::sleep(ACCEPT_PAUSE).await;
+            }
+            connection
+        }
+    });
+    taken.filter(Result::is_ok)
 }

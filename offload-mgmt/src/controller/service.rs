@@ -4,7 +4,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use proto::error::{Error, ErrorReason};
+use proto::error::Error;
 use proto::v1::controller_server::Controller as Api;
 use proto::v1::hypervisor_client::HypervisorClient;
 use proto::v1::{
@@ -15,10 +15,10 @@ use proto::v1::{
     Vm as VmMessage, VmStats, WatchEventsRequest,
 };
 use tokio_stream::wrappers::ReceiverStream;
-use tonic::{Code, Request, Response, Status, Streaming};
+use tonic::{Request, Response, Status, Streaming};
 
 use super::vm::{Vm, unreachable_hypervisor};
-use super::{Controller, rpc};
+use super::{Controller, ending, rpc};
 
 /// Longest wait for what a running VM's hypervisor adds to GetVm.
 const INFO_DEADLINE: Duration = Duration::from_secs(1);
@@ -71,9 +71,7 @@ async fn detached<T: Send + 'static>(
     match tokio::spawn(work).await {
         Ok(result) => result.map(Response::new).map_err(Status::from),
         // Only when the process is about to end.
-        Err(_) => Err(Error::new(Code::Unavailable, ErrorReason::Internal, "the controller is ending")
-            .remedy("try again in a moment")
-            .into()),
+        Err(_) => Err(ending().into()),
     }
 }
 

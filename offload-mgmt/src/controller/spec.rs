@@ -94,13 +94,15 @@ fn check_boot(boot: Option<&BootSource>) -> Result<(), Error> {
                 "the kernel's command line is {} bytes long, more than {CMDLINE_MAX}",
                 boot.cmdline.len()
             ),
-        ));
+        )
+        .remedy("shorten it, or put settings into the initramfs or the root file system"));
     }
     if boot.cmdline.contains(['\0', '\n']) {
         return Err(Error::invalid_field(
             "spec.boot.cmdline",
             "the kernel's command line has a NUL or a line break in it",
-        ));
+        )
+        .remedy("write it as one line of words with blanks between them"));
     }
     Ok(())
 }
@@ -118,7 +120,8 @@ fn complete_disk(i: usize, disk: &mut DiskSpec, vcpus: u32) -> Result<(), Error>
         return Err(Error::invalid_field(
             &format!("spec.disks[{i}].queues"),
             format!("disk {} has {} queues, more than {DISK_QUEUES_MAX}", disk.id, disk.queues),
-        ));
+        )
+        .remedy("leave the number out to have one per vCPU"));
     }
     Ok(())
 }
@@ -135,6 +138,7 @@ fn complete_nic(i: usize, nic: &mut NicSpec) -> Result<(), Error> {
                 &format!("spec.nics[{i}].mac"),
                 format!("\"{}\" is no MAC address: {e}", nic.mac),
             )
+            .remedy("write it like 02:00:00:12:34:56, or leave it out to have one chosen")
         })?;
         nic.mac = mac.to_string();
     }
@@ -148,7 +152,8 @@ fn complete_nic(i: usize, nic: &mut NicSpec) -> Result<(), Error> {
         return Err(Error::invalid_field(
             &format!("spec.nics[{i}].queue_pairs"),
             format!("NIC {} has {} queue pairs, more than {NIC_QUEUE_PAIRS_MAX}", nic.id, nic.queue_pairs),
-        ));
+        )
+        .remedy("leave the number out to have one, or ask for as many as there are vCPUs"));
     }
     Ok(())
 }
@@ -167,7 +172,8 @@ fn check_unique(spec: &VmSpec) -> Result<(), Error> {
             return Err(Error::invalid_field(
                 "spec.nics",
                 format!("two NICs of the VM have the MAC address {mac}"),
-            ));
+            )
+            .remedy("give every NIC one of its own, or none to have one chosen"));
         }
     }
     for (i, disk) in spec.disks.iter().enumerate() {
@@ -278,7 +284,8 @@ fn check_mtu(field: &str, mtu: u32) -> Result<(), Error> {
     Err(Error::invalid_field(
         field,
         format!("an MTU of {mtu} is not between {} and {}", MTU.start(), MTU.end()),
-    ))
+    )
+    .remedy(format!("leave it out for {MTU_DEFAULT}, or give one that all links in the way carry")))
 }
 
 /// 1 to `max` characters of [a-z0-9-], with a letter or digit at either end.

@@ -23,6 +23,7 @@ fn nic(network: &str) -> NicSpec {
 fn field(result: Result<VmSpec, Error>) -> String {
     let e = result.expect_err("must be refused");
     assert_eq!(e.reason(), ErrorReason::InvalidField);
+    assert!(e.fact("remedy").is_some_and(|r| !r.is_empty()), "no remedy: {e}");
     e.fact("field").expect("a field").to_owned()
 }
 
@@ -133,7 +134,10 @@ fn networks_are_checked() {
     let network = |change: fn(&mut NetworkSpec)| {
         let mut spec = NetworkSpec { id: "default".into(), ..NetworkSpec::default() };
         change(&mut spec);
-        complete_network(spec).map_err(|e| e.fact("field").map(str::to_owned))
+        complete_network(spec).map_err(|e| {
+            assert!(e.fact("remedy").is_some_and(|r| !r.is_empty()), "no remedy: {e}");
+            e.fact("field").map(str::to_owned)
+        })
     };
     assert_eq!(network(|_| ()).expect("valid").mtu, 1500);
     assert!(

@@ -1,7 +1,8 @@
 //! Hypervisors as children of the controller, each in a session of its own: for hosts without systemd, and for tests.
 //!
 //! `DIR/ID/` holds `control.sock`, `hypervisor.log` and `pid`. The pid file names the process by its id and start time,
-//! so that a later controller never takes another process for it.
+//! so that a later controller never takes another process for it. A hypervisor that ends in order removes its socket; that
+//! is how a controller that was not there knows, as a process's status is told to its parent only.
 
 use std::collections::HashMap;
 use std::fs::{self, File};
@@ -17,7 +18,7 @@ use std::time::{Duration, Instant};
 use proto::error::{Error, ErrorReason};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
-use tokio::process::Command;
+use tokio::process::{Child, Command};
 use tokio::sync::watch;
 use tonic::Code;
 
@@ -54,21 +55,40 @@ impl ProcessRunner {
     }
 
     /// The VM's process, held so that its id cannot come to mean another one; `None` if it is gone.
-    fn process(&self, vm: &str) -> Option<OwnedFd> {
-        let (pid, start_time) = match fs::read_to_string(self.file(vm, "pid")) {
-            Ok(text) => {
-                let (pid, start_time) = text.trim().split_once(' ')?;
-                (pid.parse().ok()?, Some(start_time.to_owned()))
+    ///
+    /// # Errors
+    /// There is one and it is not known which.
+    async fn process(&self, vm: &str) -> io::Result<Option<OwnedFd>> {
+        let noted = fs::read_to_string(self.file(vm, "pid")).ok().and_then(|text| {
+            let (pid, start_time) = text.trim().split_once(' ')?;
+            let pid = pid.parse().ok().filter(|p: &i32| *p > 0)?;
+            Some((pid, start_time.to_owned()))
+        });
+        let (pid, start_time) = match noted {
+            Some((pid, start_time)) => (pid, Some(start_time)),
+            None => {
+                // The controller that started it died before it could write the file; who listens on its socket is it.
+                let socket = self.control_socket(vm);
+                let listener = tokio::task::spawn_blocking(move || listener_pid(&socket)).await;
+                match listener.map_err(io::Error::other)?? {
+                    Some(pid) => (pid, None),
+                    None => return Ok(None),
+                }
             }
-            // The controller that started it died before it could write the file; who listens on its socket is it.
-            Err(_) => (listener_pid(&self.control_socket(vm))?, None),
         };
-        let pidfd = pidfd_open(Pid::from_raw(pid)?, PidfdFlags::empty()).ok()?;
+        let process = Pid::from_raw(pid).and_then(|p| pidfd_open(p, PidfdFlags::empty()).ok());
         let same = start_time.is_none() || start_time == start_time_of(pid);
-        same.then_some(pidfd)
+        Ok(process.filter(|_| same))
     }
 
-    fn spawn(&self, vm: &str) -> io::Result<()> {
+    /// Whether a process that is gone ended in order, as far as can be seen afterwards.
+    fn ended_in_order(&self, vm: &str, last_words: &str) -> bool {
+        let socket_gone = matches!(self.control_socket(vm).try_exists(), Ok(false));
+        // A failure is logged.
+        self.dir.join(vm).is_dir() && socket_gone && last_words.is_empty()
+    }
+
+    async fn spawn(&self, vm: &str) -> io::Result<()> {
         let dir = self.dir.join(vm);
         // Only the controller's user and group may reach a VM's socket.
         fs::DirBuilder::new().recursive(true).mode(0o750).create(&dir)?;
@@ -94,18 +114,30 @@ impl ProcessRunner {
         }
         new_session(&mut command);
         let mut child = command.spawn()?;
-        let pid = child.id().and_then(|p| i32::try_from(p).ok());
+        if let Err(e) = self.write_pid(vm, &child) {
+            // Nobody would find it again. A zombie, should the kill fail, is reaped by the runtime.
+            child.kill().await?;
+            return Err(e);
+        }
         let (ended, status) = watch::channel(None);
         self.children.lock().unwrap_or_else(PoisonError::into_inner).insert(vm.to_owned(), status);
-        if let Some((pid, start_time)) = pid.and_then(|p| Some((p, start_time_of(p)?))) {
-            fs::write(self.file(vm, "pid"), format!("{pid} {start_time}\n"))?;
-        }
         tokio::spawn(async move {
             if let Ok(status) = child.wait().await {
                 ended.send_replace(Some(status));
             }
         });
         Ok(())
+    }
+
+    /// Writes which process it is: all of the file or none.
+    fn write_pid(&self, vm: &str, child: &Child) -> io::Result<()> {
+        let pid = child.id().and_then(|p| i32::try_from(p).ok());
+        let known = pid.and_then(|p| Some((p, start_time_of(p)?)));
+        let (pid, start_time) =
+            known.ok_or_else(|| io::Error::other("/proc does not tell its start time"))?;
+        let new = self.file(vm, "pid.new");
+        fs::write(&new, format!("{pid} {start_time}\n"))?;
+        fs::rename(&new, self.file(vm, "pid"))
     }
 
     fn last_words(&self, vm: &str) -> String {
@@ -133,7 +165,7 @@ impl Runner for ProcessRunner {
     }
 
     async fn start(&self, vm: &str) -> Result<(), Error> {
-        self.spawn(vm).map_err(|e| match e.kind() {
+        self.spawn(vm).await.map_err(|e| match e.kind() {
             io::ErrorKind::NotFound => Error::new(
                 Code::FailedPrecondition,
                 ErrorReason::Host,
@@ -157,14 +189,29 @@ impl Runner for ProcessRunner {
                 }),
             };
         }
-        match self.process(vm) {
-            Some(_) => Liveness::Alive,
-            None => Liveness::Ended(Exit { last_words: self.last_words(vm), ..Exit::default() }),
+        match self.process(vm).await {
+            // Of one that cannot be told it is only known that it is there.
+            Ok(Some(_)) | Err(_) => Liveness::Alive,
+            Ok(None) => {
+                let last_words = self.last_words(vm);
+                let clean = self.ended_in_order(vm, &last_words);
+                Liveness::Ended(Exit { clean, how: String::new(), last_words })
+            }
         }
     }
 
     async fn stop(&self, vm: &str, grace: Duration) -> Result<(), Error> {
-        if let Some(process) = self.process(vm) {
+        let process = self.process(vm).await.map_err(|e| {
+            let socket = self.control_socket(vm).display().to_string();
+            Error::new(
+                Code::Internal,
+                ErrorReason::HypervisorUnreachable,
+                format!("it is not known which process is VM {vm}'s, that listens on {socket}: {e}"),
+            )
+            .resource(vm)
+            .remedy(format!("find it with: ss -xlp src {socket}; end it and try again"))
+        })?;
+        if let Some(process) = process {
             let process = Arc::new(process);
             if !gone_within(&process, grace).await {
                 // It may end by itself just now, which is as good.

@@ -61,11 +61,6 @@ impl SystemdRunner {
         while let Some(signal) = removed.next().await {
             let args = signal.args()?;
             if args.job == path {
-                if matches!(job, Job::Start) {
-                    // Held, so that systemd remembers how it ended until that has been asked; refused, it is only
-                    // known that it ended.
-                    let _ = manager.ref_unit(unit(vm)).await;
-                }
                 return Ok(args.result.clone());
             }
         }
@@ -79,8 +74,8 @@ impl SystemdRunner {
         let active = UnitProxy::new(&connection, path.clone()).await?.active_state().await?;
         let service = ServiceProxy::new(&connection, path).await?;
         if service.exec_main_start_timestamp().await? == 0 {
-            // systemd has forgotten the unit, and with it how it ended (CollectMode=inactive-or-failed).
-            return Ok((active, Exit::default()));
+            // systemd has forgotten the unit, which it does only with those that ended well (CollectMode=inactive).
+            return Ok((active, Exit { clean: true, ..Exit::default() }));
         }
         let (result, status) = (service.result().await?, service.exec_main_status().await?);
         let how = match result.as_str() {
@@ -150,10 +145,9 @@ impl Runner for SystemdRunner {
 
     async fn clean(&self, vm: &str) {
         let reset = async {
-            // Refused when the unit has not failed, or was not held by this controller.
+            // Refused when the unit has not failed.
             if let Ok(manager) = self.manager().await {
                 let _ = manager.reset_failed_unit(unit(vm)).await;
-                let _ = manager.unref_unit(unit(vm)).await;
             }
         };
         let _ = tokio::time::timeout(CALL_DEADLINE, reset).await;

@@ -195,6 +195,40 @@ async fn on_a_terminal_every_key_but_one_is_the_guests() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn the_end_of_the_controller_is_not_the_end_of_a_vm() {
+    let (mut setup, mut client) = Setup::new().await;
+    let id = client.create_vm(setup.request("web")).await.expect("create").into_inner().id;
+    let spawn = |args: &[&str]| {
+        let mut command = outboard(&setup.api_socket());
+        command.args(args).stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        command.spawn().expect("spawn")
+    };
+    let mut watchers =
+        [spawn(&["vm", "console", "web"]), spawn(&["vm", "events", "web"]), spawn(&["vm", "events"])];
+    // Both kinds are at it once they have printed something.
+    let mut first = [0];
+    watchers[0].stdout.as_mut().expect("stdout").read_exact(&mut first).expect("history");
+    let reboot = proto::v1::RebootVmRequest { vm: "web".into() };
+    for watcher in &mut watchers[1..] {
+        let mut stdout = watcher.stdout.take().expect("stdout");
+        let saw = tokio::task::spawn_blocking(move || stdout.read_exact(&mut [0]).map(|()| stdout));
+        while !saw.is_finished() {
+            client.reboot_vm(reboot.clone()).await.expect("reboot");
+            tokio::time::sleep(std::time::Duration::from_millis(10)).await;
+        }
+        watcher.stdout = Some(saw.await.expect("task").expect("an event"));
+    }
+    setup.stop().await;
+    for watcher in watchers {
+        let output = tokio::task::spawn_blocking(move || watcher.wait_with_output()).await;
+        let ran = ran(output.expect("task").expect("wait"));
+        assert_eq!(ran.status, 4, "{} {}", ran.out, ran.err);
+        assert!(ran.err.contains("the controller is ending; VMs run on\nhint: "), "{}", ran.err);
+    }
+    assert_eq!(setup.runner.processes(), [id]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn events_are_lines_of_json() {
     let (setup, mut client) = Setup::new().await;
     client.create_vm(setup.request("web")).await.expect("create");

@@ -116,6 +116,52 @@ async fn a_hypervisor_that_is_killed_is_a_failed_vm() {
     assert!(client.list_vms(ListVmsRequest {}).await.expect("list").into_inner().vms.is_empty());
 }
 
+/// Time a process has spent on a CPU, in clock ticks of 10 ms: fields 14 and 15 of proc(5) `/proc/PID/stat`.
+fn cpu_ticks(pid: u32) -> u64 {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).expect("stat");
+    let after_name = stat.rsplit_once(')').expect("a name").1;
+    let fields = after_name.split_ascii_whitespace().skip(11).take(2);
+    fields.map(|f| f.parse::<u64>().expect("ticks")).sum()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_daemon_without_file_descriptors_waits_for_some() {
+    let (mut setup, _) = Setup::new().await;
+    setup.stop().await;
+    let (daemon, mut client) = Daemon::start(&setup).await;
+    let pid = daemon.child.id();
+    let open = std::fs::read_dir(format!("/proc/{pid}/fd")).expect("fds").count();
+    let limit = format!("--nofile={}", open + 8);
+    let set = Command::new("prlimit").args(["--pid", &pid.to_string(), &limit]).status();
+    assert!(set.expect("run prlimit (util-linux)").success());
+    // The kernel completes connections that nobody takes.
+    let connect = || std::os::unix::net::UnixStream::connect(daemon.dir.join("api.sock")).expect("connect");
+    let connections: Vec<_> = (0..32).map(|_| connect()).collect();
+    let log = || std::fs::read_to_string(daemon.dir.join("log")).expect("log");
+    until("the daemon to say so", || log().contains("connections cannot be taken")).await;
+    let before = cpu_ticks(pid);
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    let used = cpu_ticks(pid) - before;
+    assert!(used < 20, "{used} ticks of CPU in a second");
+    assert_eq!(log().matches("connections cannot be taken").count(), 1, "said once, not ten times a second");
+    // Who was connected is served meanwhile, and everybody when there are descriptors again.
+    client.list_vms(ListVmsRequest {}).await.expect("list");
+    drop(connections);
+    let mut late = crate::support::client(&daemon.dir.join("api.sock")).await;
+    late.list_vms(ListVmsRequest {}).await.expect("list");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn two_cards_of_one_name_are_refused() {
+    let output = Command::new(env!("CARGO_BIN_EXE_outboard-mgmt"))
+        .args(["--card", "blk=/a.sock", "--card", "blk=/b.sock", "--state-dir", "/nonexistent/x"])
+        .output()
+        .expect("run");
+    let said = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert_eq!(output.status.code(), Some(1), "{said}");
+    assert!(said.contains("two cards are named blk; give every --card a name of its own"), "{said}");
+}
+
 /// Nothing is asked of anybody while nothing happens.
 #[tokio::test(flavor = "multi_thread")]
 async fn an_idle_daemon_uses_no_cpu() {

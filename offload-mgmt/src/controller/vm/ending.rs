@@ -98,10 +98,11 @@ impl Actor {
             End::Killed => stopped(by_us),
             End::Known(detail) => stopped(detail),
             End::Vanished if at_once => stopped(by_us),
-            End::Vanished => (VmState::Failed, self.epitaph(exit, "")),
-            End::VanishedUnseen => {
+            End::Vanished | End::VanishedUnseen => {
                 let state = if exit.clean { VmState::Stopped } else { VmState::Failed };
-                (state, self.epitaph(exit, " while the controller was not running"))
+                let unseen = matches!(end, End::VanishedUnseen);
+                let when = if unseen { " while the controller was not running" } else { "" };
+                (state, self.epitaph(exit, when))
             }
         }
     }

@@ -82,6 +82,7 @@ pub(super) async fn bring_up(
             ErrorReason::WrongState,
             format!("VM {} was stopped while it started", spec.name),
         )
+        .remedy("another command ended it; start or create it again")
     };
     tokio::pin!(cancelled);
     let process = async {
@@ -202,7 +203,11 @@ fn ended_early(ctx: &Context, id: &str, exit: &Exit) -> Error {
     };
     let error = Error::new(Code::Internal, ErrorReason::HypervisorUnreachable, message).resource(id);
     // The log itself is removed with everything else; its last line is in the message.
-    if exit.last_words.is_empty() { error.remedy(ctx.runner.log_hint(id)) } else { error }
+    error.remedy(if exit.last_words.is_empty() {
+        ctx.runner.log_hint(id)
+    } else {
+        "put right what it says, and try again".to_owned()
+    })
 }
 
 /// Ends the process, after `grace`, and then deletes the devices, on all cards at the same time. A card that does not

@@ -244,6 +244,9 @@ pub(crate) fn reason<T: std::fmt::Debug>(result: Result<T, Status>) -> ErrorReas
     error(result).reason()
 }
 
+/// An error, which must say what to do.
 pub(crate) fn error<T: std::fmt::Debug>(result: Result<T, Status>) -> Error {
-    Error::from(result.expect_err("must fail"))
+    let e = Error::from(result.expect_err("must fail"));
+    assert!(e.fact("remedy").is_some_and(|r| !r.is_empty()), "no remedy: {e}");
+    e
 }
