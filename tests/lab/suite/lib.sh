@@ -23,7 +23,12 @@ check() {
   return 1
 }
 
-not() { ! "$@"; }
+# not COMMAND...: it runs and says no. One that cannot be run, is killed, or a guest that cannot be reached, says nothing.
+not() {
+  local status=0
+  "$@" || status=$?
+  ((status > 0 && status < 126)) || { echo "$* ended with status $status" && false; }
+}
 
 # within SECONDS COMMAND...: tries until it succeeds. The last try is heard.
 within() {
@@ -97,9 +102,13 @@ as() {
   setpriv --reuid "$user" --regid "$(id -g "$user")" --init-groups -- "$@"
 }
 
-# watch_console NAME FILE: copies the VM's console to FILE until unwatch_console.
+# shows FILE PATTERN: a console's copy has it.
+shows() { grep -aqE "$2" "$1" || { tail -c 1500 "$1" && false; }; }
+
+# watch_console NAME FILE: copies the VM's console to FILE until unwatch_console, and types there what is written to
+# $RESULTS/input.
 watch_console() {
-  # A pipe that nobody writes to: the console's input must not end.
+  # Open for reading and writing, so that the console's input does not end.
   rm -f "$RESULTS/input" && mkfifo "$RESULTS/input"
   outboard vm console "$1" <>"$RESULTS/input" >"$2" 2>&1 &
   console_reader=$!
@@ -109,4 +118,17 @@ unwatch_console() {
   kill "$console_reader" 2>/dev/null
   wait "$console_reader" 2>/dev/null
   true
+}
+
+# record FILE COMMAND...: appends what COMMAND says to FILE until it ends, and starts it again if it fails, as when the
+# controller dies under it. A unit, so it outlives the part that asked for it. Its standard input is a pipe that nobody writes to: it never ends.
+record() {
+  local file=$1 input
+  shift
+  input=$RESULTS/$(basename "$file").input
+  [[ -p $input ]] || mkfifo "$input"
+  # shellcheck disable=SC2016 # expanded by that shell
+  systemd-run --quiet --unit="record-$(basename "$file" .txt)" --property=Restart=on-failure --property=RestartSec=500ms \
+    --property=StartLimitIntervalSec=0 --property="StandardOutput=append:$file" --property="StandardError=append:$file" \
+    -- bash -c 'exec "${@:2}" <>"$1"' record "$input" "$@"
 }
