@@ -24,9 +24,11 @@ is_running() {
     tr '\0' ' ' 2>/dev/null <"/proc/$pid/cmdline" | grep -qF "$state/console.log"
 }
 
+# lab_ssh [OPTION OF SSH]... root@localhost COMMAND...: a busy lab host may be silent for minutes and is not given up for
+# that; whoever does not want to wait so long uses timeout. A QEMU that ends is noticed at once, its port closes.
 lab_ssh() {
   ssh -q -p "$(<"$state/port")" -i "$(lab_key)" -o StrictHostKeyChecking=no -o UserKnownHostsFile=/dev/null \
-    -o IdentitiesOnly=yes -o BatchMode=yes -o ConnectTimeout=10 -o ServerAliveInterval=10 -o ServerAliveCountMax=6 \
+    -o IdentitiesOnly=yes -o BatchMode=yes -o ConnectTimeout=30 -o ServerAliveInterval=30 -o ServerAliveCountMax=20 \
     -o ControlMaster=auto -o ControlPersist=yes -S "$state/ssh" "$@"
 }
 

@@ -19,30 +19,41 @@ fio_passed() {
 }
 no_errors() { not guest web 'dmesg | grep -E "I/O error|blk_update_request|EXT4-fs error|Buffer I/O"'; }
 
+# requests: what the guest has done on its second disk since it booted.
+# shellcheck disable=SC2016 # expanded in the guest
+requests() { guest web 'read -r r _ _ _ w _ </sys/block/vdb/stat && echo $((r + w))'; }
+more_than() { local now && now=$(requests) && ((now > $1)); }
+reconnects() { outboard vm show web --output json | jq ".slots[] | select(.id == \"$1\") | .reconnects"; }
+
 boot_id=$(guest web cat /proc/sys/kernel/random/boot_id)
 for card in offload-blk offload-net; do
+  device=$([[ $card == offload-blk ]] && echo disk1 || echo nic0)
+  links=$(reconnects "$device")
+  done=$(requests)
   check "fio starts on the second disk" start_fio "$card"
-  sleep 2
+  check "and writes" within 30 more_than $((done + 100))
   for n in 1 2 3; do
     pid=$(service_pid "$card.service")
     systemctl kill -s KILL "$card.service"
     check "$card killed ($n of 3) comes back by itself" within 10 new_pid "$card.service" "$pid"
-    sleep 2
+    done=$(requests)
+    check "and requests go on" within 30 more_than $((done + 100))
   done
+  check "the hypervisor has connected $device three times again" same "$(reconnects "$device")" $((links + 3))
   check "fio was running all the time" fio_busy "$card"
   check "fio verifies all it wrote across three deaths of $card" fio_passed "$card"
 done
 check "the guest's kernel saw no I/O error" no_errors
 check "the guest has not rebooted" same "$(guest web cat /proc/sys/kernel/random/boot_id)" "$boot_id"
+check "no guest was reset" same "$(jq -c 'select(.event == "reset")' <(grep '^{' /out/events.txt))" ""
 
 # A TCP connection lives on when the network card dies under it.
 # shellcheck disable=SC2016 # expanded in the guest
 stream() {
   guest db 'for i in $(seq 1 12); do echo $i; sleep 0.5; done' >"$RESULTS/stream" &
   local reader=$!
-  sleep 2
-  systemctl kill -s KILL offload-net.service
-  wait "$reader" && same "$(tail -n 1 "$RESULTS/stream")" 12
+  within 20 test -s "$RESULTS/stream" && kill -0 "$reader" && systemctl kill -s KILL offload-net.service
+  wait "$reader" && same "$(<"$RESULTS/stream")" "$(seq 1 12)"
 }
 check "a TCP stream lives on when the network card dies" stream
 check "guests still reach each other" guest web ping -q -c 3 -W 5 10.88.0.3

@@ -12,6 +12,8 @@ check "it lists web as running" within 10 state_is web running
 check "it lists db as running" within 10 state_is db running
 check "the hypervisor is the same process" same "$(vm_field web hypervisor_pid)" "$hypervisor"
 check "the guest never stopped" same "$(guest web cat /proc/sys/kernel/random/boot_id)" "$started"
-check "its console is there" grep -aq 'login:' <(timeout 3 outboard vm console web <>"$RESULTS/input" 2>/dev/null)
+watch_console web "$RESULTS/console"
+check "its console is there" within 10 shows "$RESULTS/console" login:
+unwatch_console
 check "vm stop of a VM that an earlier controller started works" outboard vm stop db --timeout 60s
 check "and it is stopped" state_is db stopped
