@@ -24,7 +24,8 @@ die() {
   exit 1
 }
 
-need_root() { [[ $EUID -eq 0 ]] || die "this has to run as root" "try: sudo $0 $*"; }
+# need_root ARGUMENT...: those of the script, for the remedy.
+need_root() { [[ $EUID -eq 0 ]] || die "this has to run as root" "try: sudo $(printf '%q ' "$0" "$@")"; }
 
 # cache_dir: where what is slow to make is kept between runs, outside the checkout.
 cache_dir() { printf '%s\n' "${OUTBOARD_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/outboard}"; }
@@ -50,7 +51,14 @@ need_packages() {
   rm -f "$log"
 }
 
-# with_progress TEXT COMMAND...: runs COMMAND quietly; on a terminal a line counts the seconds. What COMMAND printed is
+# strictly COMMAND...: runs COMMAND, which may be a function of ours, in a bash of its own with all our functions and
+# variables, so that it ends at its first failing step. In this shell it would not: `set -e` is off in whatever is called
+# from `... || die` or `if ...`, down to the last function and into every subshell. What it sets stays there.
+strictly() {
+  bash -euo pipefail <(declare -p | grep -vE '^declare -[a-zA-Z]*r' && declare -f && printf '"$@"\n') "$@"
+}
+
+# with_progress TEXT COMMAND...: runs COMMAND strictly and quietly; on a terminal a line counts the seconds. What COMMAND printed is
 # shown if it fails. Its status is kept.
 with_progress() {
   local text=$1 log status=0 start=$SECONDS ticker=''
@@ -62,8 +70,8 @@ with_progress() {
   else
     step "$text"
   fi
-  # In the background, so that a function run this way still ends at its first failing command (set -e).
-  "$@" >"$log" 2>&1 &
+  # In the background, for bash runs no trap while it waits for a command in the foreground.
+  strictly "$@" >"$log" 2>&1 &
   wait $! || status=$?
   if [[ -n $ticker ]]; then
     kill "$ticker"

@@ -30,9 +30,9 @@ ensure_guest() { [[ -n $guest ]] || guest=$("$here/debian-image" --name guest); 
 
 # background NAME COMMAND...: keeps COMMAND running without systemd, as its unit would (Restart=always).
 background() {
-  local name=$1
+  local name=$1 pid
   shift
-  [[ ! -e $run/$name.pid ]] || ! kill -0 "$(<"$run/$name.pid")" 2>/dev/null || return 0
+  ! service_runs "$name" || return 0
   # shellcheck disable=SC2016
   setsid bash -c 'trap "kill \$child; wait \$child; exit 0" TERM
     while :; do "$@" & child=$!; wait "$child"; sleep 0.1; done' "$name" "$@" >>"$run/$name.log" 2>&1 </dev/null &
@@ -61,7 +61,7 @@ outboard_path() { if [[ -x /usr/local/bin/outboard ]]; then printf outboard; els
 
 wait_for_controller() {
   local deadline=$((SECONDS + 30))
-  until outboard vm ls >/dev/null 2>&1; do
+  until controller_answers; do
     if ((SECONDS > deadline)); then
       outboard vm ls || true
       die "the controller does not answer" "see: $(under_systemd && echo 'journalctl -u outboard-mgmt' || echo "$run/outboard-mgmt.log")"
@@ -95,8 +95,7 @@ create_vm() {
     chmod 0600 "$disks/$vm.img.new"
     mv "$disks/$vm.img.new" "$disks/$vm.img"
   fi
-  outboard network ls --output json | grep -q "\"$network\"" ||
-    outboard network create "$network" --tap "$tap" --address "$host_ip/24" >&2
+  network_exists || outboard network create "$network" --tap "$tap" --address "$host_ip/24" >&2
   step "creating the VM $vm"
   outboard vm create "$vm" --vcpus 1 --memory 512M --kernel "$images/debian-vmlinuz" \
     --initramfs "$images/debian-initrd.img" \
@@ -156,26 +155,76 @@ ${bold}The VM $vm runs.${plain} Its disk is served by the storage card, its netw
 END
 }
 
-# other_vms: the number of VMs that are not quickstart's.
+controller_answers() { outboard vm ls >/dev/null 2>&1; }
+
+network_exists() { outboard network ls --output json | grep -q "\"$network\""; }
+
+# other_vms: the number of VMs that are not quickstart's, running or not.
 other_vms() { outboard vm ls --output json | grep '"name"' | grep -vc "\"$vm\"" || true; }
 
-quickstart_down() {
-  local name others=0
-  [[ -n $from ]] || from=$top/target/release
-  if outboard vm ls >/dev/null 2>&1; then
-    ! vm_exists || outboard vm rm "$vm" --force >&2
-    ! outboard network ls --output json | grep -q "\"$network\"" || outboard network rm "$network" >&2
-    others=$(other_vms)
-  fi
-  rm -f "$disks/$vm.img" "$images"/debian-{vmlinuz,initrd.img}
-  if ((others > 0)); then
-    warn "the services stay: $others other VM(s) use them"
-  elif under_systemd; then
-    [[ ! -e $mark ]] || "$here/uninstall" --force --purge
-  else
-    for name in outboard-mgmt offload-blk offload-net; do
-      [[ ! -e $run/$name.pid ]] || kill "$(<"$run/$name.pid")" 2>/dev/null || true
+# running_vms: the number of hypervisors, for when the controller cannot be asked.
+running_vms() { find /proc -maxdepth 2 -name exe -lname '*/outboard-hypervisor*' 2>/dev/null | wc -l; }
+
+# others_files: what somebody else has put beside quickstart's images and disk.
+others_files() {
+  find "$images" "$disks" -mindepth 1 ! -path "$disks/$vm.img" ! -path "$disks/$vm.img.new" \
+    ! -path "$images/debian-vmlinuz" ! -path "$images/debian-initrd.img" 2>/dev/null || true
+}
+
+# service_runs NAME: whether what `background` has started is there; its pid is in $pid. Pids come round again.
+service_runs() { [[ -e $run/$1.pid ]] && pid=$(<"$run/$1.pid") && grep -qzxF -- "$1" "/proc/$pid/cmdline" 2>/dev/null; }
+
+# stop_background: ends what `background` has started, and waits for it.
+stop_background() {
+  local name pid deadline=$((SECONDS + 20))
+  for name in outboard-mgmt offload-blk offload-net; do
+    ! service_runs "$name" || kill "$pid"
+  done
+  for name in outboard-mgmt offload-blk offload-net; do
+    while service_runs "$name"; do
+      ((SECONDS < deadline)) || die "$name (pid $pid) does not end"
+      sleep 0.1
     done
+  done
+}
+
+# remove_vm: the VM, its network and its disk.
+remove_vm() {
+  ! vm_exists || outboard vm rm "$vm" --force >&2
+  ! network_exists || outboard network rm "$network" >&2
+  rm -f "$disks/$vm.img" "$disks/$vm.img.new"
+}
+
+quickstart_down() {
+  local others purge=()
+  [[ -n $from ]] || from=$top/target/release
+  if controller_answers; then
+    remove_vm
+    others=$(other_vms)
+    if ((others > 0)); then
+      # Their kernel may be quickstart's.
+      warn "the services and $images stay: $others other VM(s) may use them"
+      rm -rf "$run"
+      say "$vm is gone"
+      return
+    fi
+    rm -f "$images"/debian-{vmlinuz,initrd.img}
+    # Only now is it known that nobody's record, disk or kernel would go.
+    [[ -n $(others_files) || $(outboard network ls --output json) == *'"id"'* ]] || purge=(--purge)
+  else
+    # Nobody tells whose they are.
+    others=$(running_vms)
+    ((others == 0)) || die "the controller does not answer, and $others VM(s) run: nothing was removed" \
+      "start it (systemctl start outboard-mgmt, or $0), or stop the VMs first"
+    rm -f "$disks/$vm.img" "$disks/$vm.img.new"
+  fi
+  if under_systemd; then
+    if [[ -e $mark ]]; then
+      "$here/uninstall" "${purge[@]}"
+      rm -f "$mark"
+    fi
+  else
+    stop_background
   fi
   rm -rf "$run"
   say "$vm is gone"
@@ -193,14 +242,66 @@ expect() {
   fi
 }
 
-not() { ! "$@"; }
+# not COMMAND...: it runs and says no. One that cannot be run, or is killed, says nothing.
+not() {
+  local status=0
+  "$@" || status=$?
+  ((status > 0 && status < 126)) || { echo "$* ended with status $status" && false; }
+}
+
+# check_can_begin: --check removes a VM at its end, which must be its own.
+check_can_begin() {
+  local remedy="remove it first: $0 --down"
+  [[ ! -e $disks/$vm.img ]] || die "$disks/$vm.img exists: --check would remove it" "$remedy"
+  if controller_answers; then
+    ! vm_exists || die "there is a VM $vm already: --check would remove it" "$remedy"
+    ! network_exists || die "there is a network $network already: --check would remove it" "$remedy"
+  elif (($(running_vms) > 0)); then
+    die "VMs run and the controller does not answer" "start it first: systemctl start outboard-mgmt"
+  fi
+}
+
+# service_pids: the processes of the services and of the VM.
+service_pids() {
+  local name pid
+  for name in outboard-mgmt offload-blk offload-net; do
+    if under_systemd; then systemctl show -P MainPID "$name.service"; else ! service_runs "$name" || printf '%s\n' "$pid"; fi
+  done
+  hypervisor_pid
+}
+hypervisor_pid() { outboard vm show "$vm" --output json | sed -n 's/^ *"hypervisor_pid": *\([0-9]*\).*/\1/p'; }
+
+# ended PID...: none of them is there.
+ended() {
+  local pid
+  for pid in "$@"; do [[ ! -e /proc/$pid ]] || { ps -fp "$pid" && return 1; }; done
+}
+
+# clean_up_check: what this run made goes; services that were there before stay.
+clean_up_check() {
+  if [[ -n $found_services ]]; then remove_vm && rm -rf "$run"; else quickstart_down; fi
+}
 
 quickstart_check() {
-  local start id
-  failures=0
-  trap 'quickstart_down >/dev/null 2>&1 || true' EXIT
-  quickstart_up
+  local start before said pids
+  failures=0 found_services=''
+  need_packages iproute2 iputils-ping procps
+  ensure_programs
+  check_can_begin
+  ensure_guest
+  ! controller_answers || found_services=1
+  trap 'clean_up_check >/dev/null 2>&1 || true' EXIT
+  start_services
+  wait_for_controller
+  # A controller that was down has been asked nothing yet.
+  [[ -n $found_services ]] || (check_can_begin) || { trap - EXIT && exit 1; }
+  said=$(mktemp)
+  quickstart_up | tee "$said"
   id() { outboard vm show "$vm" --output json | grep -E '"(id|hypervisor_pid)"'; }
+  expect "it tells that the VM runs" grep -qE "^$vm +.*running" "$said"
+  expect "it tells how to get to the console" grep -qF "$(outboard_path) vm console $vm" "$said"
+  expect "it tells how to clean up" grep -qF "$0 --down" "$said"
+  rm -f "$said"
   expect "the VM is running" grep -q '"state": *"running"' <(outboard vm show "$vm" --output json)
   expect "its console shows a login prompt" grep -aq "$vm login:" "$run/console"
   expect "its root file system is the virtio disk" grep -aq 'root=/dev/vda' <(outboard vm show "$vm" --output json)
@@ -210,9 +311,10 @@ quickstart_check() {
   quickstart_up >/dev/null
   expect "a second run takes less than 30 s ($((SECONDS - start)) s)" test $((SECONDS - start)) -lt 30
   expect "a second run leaves the VM alone" test "$before" = "$(id)"
-  quickstart_down
+  if [[ -n $found_services ]]; then mapfile -t pids < <(hypervisor_pid); else mapfile -t pids < <(service_pids); fi
+  clean_up_check
   trap - EXIT
-  expect "nothing runs any more" not pgrep -x 'outboard-mgmt|outboard-hyperv|offload-blk|offload-net'
+  expect "what it started has ended (${pids[*]})" ended "${pids[@]}"
   expect "nothing is left on disk" not ls "$disks/$vm.img"
   expect "the TAP is gone" not ip link show "$tap"
   [[ $failures -eq 0 ]] || die "$failures check(s) failed"
@@ -229,12 +331,33 @@ lab_puts() {
 # The command line that goes on with quickstart inside the lab host.
 lab_inside='/root/outboard/deploy/quickstart --here --from /root/outboard/bin --guest /root/guest'
 
+# lab_refresh: gives a lab host that runs already what it has not or has otherwise.
+lab_refresh() {
+  local stage name
+  stage=$(mktemp -d)
+  mkdir "$stage/bin"
+  ln -s "$here" "$stage/deploy"
+  for name in "${binaries[@]}"; do ln -s "$(realpath "$from/$name")" "$stage/bin/$name"; done
+  (cd "$stage" && find -L . -type f -exec sha256sum {} +) >"$stage.sums"
+  "$lab" exec --name quickstart 'cd /root/outboard && sha256sum --check 2>/dev/null | sed -n "s/: FAILED.*//p"' \
+    <"$stage.sums" >"$stage.differ"
+  if [[ -s $stage.differ ]]; then
+    step "giving the lab $(wc -l <"$stage.differ") file(s) that changed"
+    # Unlinked first: a program that runs cannot be written.
+    tar -C "$stage" -chf - -T "$stage.differ" | "$lab" exec --name quickstart 'tar -C /root/outboard --unlink-first -xf -'
+  fi
+  rm -rf "$stage" "$stage.sums" "$stage.differ"
+}
+
 lab_up() {
   local lab=$top/tests/lab/lab puts
   ensure_programs
-  if ! "$lab" exec --name quickstart true 2>/dev/null; then
+  ensure_guest
+  if "$lab" exec --name quickstart true 2>/dev/null; then
+    lab_refresh
+  else
     mapfile -t puts < <(lab_puts)
-    "$lab" up --name quickstart "${puts[@]}"
+    "$lab" up --name quickstart --guest "$guest" "${puts[@]}"
   fi
   "$lab" exec --name quickstart "set -o pipefail; $lab_inside | sed '/^  clean up/d'"
   cat <<END
@@ -249,10 +372,11 @@ END
 lab_check() {
   local lab=$top/tests/lab/lab puts scratch status=0
   ensure_programs
+  ensure_guest
   mapfile -t puts < <(lab_puts)
   scratch=$(mktemp -d)
   printf '#!/bin/sh\nexec %s --check\n' "$lab_inside" >"$scratch/quickstart-check.sh"
-  "$lab" run "${puts[@]}" "$scratch/quickstart-check.sh" || status=$?
+  "$lab" run --guest "$guest" --timeout 600 "${puts[@]}" "$scratch/quickstart-check.sh" || status=$?
   rm -rf "$scratch"
   return "$status"
 }

@@ -2,6 +2,16 @@
 # deploy/install puts everything in place and the units start.
 . ./lib.sh
 
+# The bus is asked anew when its files change.
+no_polkit() {
+  local file=/usr/share/dbus-1/system-services/org.freedesktop.PolicyKit1.service said status=0
+  bus_reads_files() { busctl call org.freedesktop.DBus /org/freedesktop/DBus org.freedesktop.DBus ReloadConfig; }
+  systemctl stop polkit.service && mv "$file" "$RESULTS/polkit" && bus_reads_files
+  said=$(/root/outboard/deploy/install --from /root/outboard/bin 2>&1) || status=$?
+  mv "$RESULTS/polkit" "$file" && bus_reads_files
+  [[ $status -ne 0 && $said == *"polkit is not installed"* ]] || { echo "status $status: $said" && return 1; }
+}
+check "deploy/install refuses a host without polkit" no_polkit
 check "deploy/install installs and starts everything" /root/outboard/deploy/install --from /root/outboard/bin --enable ||
   { journalctl -b --no-pager -u outboard-mgmt -u offload-blk -u offload-net | tail -n 40 && exit 1; }
 for unit in offload-blk.service offload-net.service outboard-mgmt.service; do
