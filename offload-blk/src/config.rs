@@ -1,5 +1,6 @@
 //! The device configuration space of a disk (VirtIO 1.3 section 5.2.4).
 
+use std::io;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use virtio_bindings::virtio_blk::{
@@ -8,13 +9,15 @@ use virtio_bindings::virtio_blk::{
 };
 
 use crate::image::{Geometry, SECTOR_BYTES};
+use crate::mode::ModeFile;
 
 /// Length of the space in bytes: up to and including what discard and write-zeroes use, so that it does not change when
 /// they come.
 pub(crate) const CONFIG_BYTES: u32 = 60;
 
-/// Data segments the kernel takes in one request (IOV_MAX).
-const MAX_SEGMENTS: u16 = 1024;
+/// Data segments of a request at most. With its header and its status these are the 1024 descriptors that a ring takes in
+/// one chain, and a system call in one vector (IOV_MAX).
+const MAX_SEGMENTS: u16 = 1022;
 
 const WRITEBACK: u32 = 32;
 
@@ -27,12 +30,22 @@ pub(crate) struct Config {
     queue_size: u16,
     /// The driver wants a write-back cache: completed writes are durable only after a flush.
     writeback: AtomicBool,
+    /// Where that is kept.
+    mode_file: Option<ModeFile>,
 }
 
 impl Config {
-    /// Of a disk with `queues` rings of up to `queue_size` entries.
-    pub(crate) fn new(geometry: Geometry, read_only: bool, queues: u16, queue_size: u16) -> Self {
-        Self { geometry, read_only, queues, queue_size, writeback: AtomicBool::new(true) }
+    /// Of a disk with `queues` rings of up to `queue_size` entries. The cache mode is what `mode_file` has from a
+    /// predecessor of this process.
+    pub(crate) fn new(
+        geometry: Geometry,
+        read_only: bool,
+        queues: u16,
+        queue_size: u16,
+        mode_file: Option<ModeFile>,
+    ) -> Self {
+        let writeback = AtomicBool::new(!mode_file.as_ref().is_some_and(ModeFile::write_through));
+        Self { geometry, read_only, queues, queue_size, writeback, mode_file }
     }
 
     /// Feature bits offered.
@@ -57,13 +70,18 @@ impl Config {
         features & 1 << VIRTIO_BLK_F_FLUSH == 0 || !self.writeback.load(Ordering::Relaxed)
     }
 
+    /// Data segments of a request, at most (`seg_max`).
+    pub(crate) fn segments(&self) -> u16 {
+        // Header and status need descriptors, too.
+        self.queue_size.saturating_sub(2).min(MAX_SEGMENTS)
+    }
+
     fn bytes(&self) -> [u8; CONFIG_BYTES as usize] {
         let g = &self.geometry;
         let mut bytes = [0; CONFIG_BYTES as usize];
         let mut put = |at: usize, value: &[u8]| bytes[at..at + value.len()].copy_from_slice(value);
         put(0, &(g.size_bytes / SECTOR_BYTES).to_le_bytes()); // capacity
-        let segments = (self.queue_size - 2).min(MAX_SEGMENTS);
-        put(12, &u32::from(segments).to_le_bytes()); // seg_max: header and status need descriptors, too
+        put(12, &u32::from(self.segments()).to_le_bytes()); // seg_max
         put(20, &g.logical_block.to_le_bytes()); // blk_size
         let exponent = (g.physical_block / g.logical_block).trailing_zeros();
         put(24, &[exponent as u8, 0]); // physical_block_exp, alignment_offset
@@ -83,17 +101,25 @@ impl Config {
     }
 
     /// The driver writes. Only the cache mode can be written; the rest keeps its value (section 5.2.4).
-    pub(crate) fn write(&self, offset: u32, data: &[u8]) {
-        for (at, &byte) in (offset..).zip(data) {
-            if at == WRITEBACK {
-                self.writeback.store(byte & 1 != 0, Ordering::Relaxed);
-            }
+    pub(crate) fn write(&self, offset: u32, data: &[u8]) -> io::Result<()> {
+        match (offset..).zip(data).find(|(at, _)| *at == WRITEBACK) {
+            Some((_, byte)) => self.set_writeback(byte & 1 != 0),
+            None => Ok(()),
         }
     }
 
     /// Back to what a new device has.
-    pub(crate) fn reset(&self) {
-        self.writeback.store(true, Ordering::Relaxed);
+    pub(crate) fn reset(&self) -> io::Result<()> {
+        self.set_writeback(true)
+    }
+
+    /// Keeps the mode, and then uses it: a mode that a successor would not know must not be promised.
+    fn set_writeback(&self, on: bool) -> io::Result<()> {
+        if let Some(file) = &self.mode_file {
+            file.set(!on)?;
+        }
+        self.writeback.store(on, Ordering::Relaxed);
+        Ok(())
     }
 }
 
@@ -109,7 +135,7 @@ mod tests {
             block_device: false,
             memory_alignment: 1,
         };
-        Config::new(geometry, false, 4, 256)
+        Config::new(geometry, false, 4, 256, None)
     }
 
     fn field<const N: usize>(config: &Config, offset: u32) -> [u8; N] {
@@ -130,15 +156,37 @@ mod tests {
     }
 
     #[test]
+    fn a_request_with_all_its_segments_fits_into_a_ring_and_a_system_call() {
+        let segments = |size| Config { queue_size: size, ..config() }.segments();
+        assert_eq!((segments(4), segments(256), segments(1024)), (2, 254, 1022));
+    }
+
+    #[test]
+    fn the_cache_mode_outlives_the_process_but_not_a_reset() {
+        let dir = tempfile::tempdir().unwrap();
+        let flush = 1 << VIRTIO_BLK_F_FLUSH;
+        let mode_file = || Some(ModeFile::new(dir.path().join("disk.write-through")));
+        let again = || Config::new(config().geometry, false, 1, 4, mode_file());
+        again().write(32, &[0]).unwrap();
+        assert!(again().write_through(flush));
+        again().reset().unwrap();
+        assert!(!again().write_through(flush));
+        // A mode that cannot be kept is refused.
+        let nowhere = Some(ModeFile::new(dir.path().join("none/disk.write-through")));
+        let config = Config::new(config().geometry, false, 1, 4, nowhere);
+        assert!(config.write(32, &[0]).is_err() && !config.write_through(flush));
+    }
+
+    #[test]
     fn only_the_cache_mode_can_be_written() {
         let config = config();
         let flush = 1 << VIRTIO_BLK_F_FLUSH;
         assert!(!config.write_through(flush) && config.write_through(0));
-        config.write(0, &[0; CONFIG_BYTES as usize]);
+        config.write(0, &[0; CONFIG_BYTES as usize]).unwrap();
         assert_eq!(u64::from_le_bytes(field(&config, 0)), 2 << 20);
         assert_eq!(field(&config, 32), [0]);
         assert!(config.write_through(flush));
-        config.reset();
+        config.reset().unwrap();
         assert!(!config.write_through(flush));
     }
 }

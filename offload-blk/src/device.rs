@@ -1,26 +1,29 @@
-//! A disk as an offload device: a thread per queue.
+//! A disk as an offload device.
 
 use std::sync::mpsc::{self, RecvTimeoutError};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::thread::JoinHandle;
 use std::time::Instant;
 
-use offload_card::poll::{Sender, mailbox};
+use offload_card::poll::{PollPolicy, Sender, mailbox};
 use offload_card::ring::QueueShared;
 use offload_card::{Busy, Device, Identity, Ring, RingState};
 use proto::error::Error;
 use proto::v1::ErrorReason;
 use tonic::Code;
-use tracing::{Span, debug};
+use tracing::{Span, debug, warn};
 use virtio_bindings::virtio_ids::VIRTIO_ID_BLOCK;
 
 use crate::config::{CONFIG_BYTES, Config};
-use crate::image::Image;
+use crate::mode::ModeFile;
+use crate::queue::{QueueHost, QueueStart, host_error};
 use crate::request::ID_BYTES;
-use crate::worker::{self, Disk, IoEngine, Stop};
+use crate::store::Store;
+use crate::worker::{Disk, IoEngine, Stop};
 
-/// A queue's thread needs little: its data is on the heap.
-const STACK_BYTES: usize = 256 * 1024;
+/// Smallest ring: a request has a header, a status and at least one segment of data.
+pub const MIN_QUEUE_SIZE: u16 = 4;
+/// Largest ring. What a queue keeps per entry is bounded by it.
+pub const MAX_QUEUE_SIZE: u16 = 1024;
 
 /// What makes a disk.
 #[derive(Debug)]
@@ -28,23 +31,28 @@ pub struct DiskConfig {
     /// Name for threads and logs.
     pub name: String,
     /// What it stores on.
-    pub image: Image,
+    pub store: Store,
     /// Request queues, 1 or more.
     pub queues: u16,
-    /// Largest ring: a power of two, 4 or more.
+    /// Largest ring: a power of two from [`MIN_QUEUE_SIZE`] to [`MAX_QUEUE_SIZE`].
     pub queue_size: u16,
     /// What GET_ID answers; what is longer than [`ID_BYTES`] is cut.
     pub serial: String,
     /// How to do I/O.
     pub engine: IoEngine,
+    /// When its queues poll.
+    pub poll: PollPolicy,
+    /// Who calls its queues: [`crate::Threads`], if it is all the same.
+    pub host: Arc<dyn QueueHost>,
+    /// Where the cache mode outlives this process; `None`: it need not.
+    pub mode_file: Option<ModeFile>,
 }
 
 /// A running queue.
 #[derive(Debug)]
 struct Queue {
     orders: Sender<Stop>,
-    ended: mpsc::Receiver<()>,
-    thread: JoinHandle<RingState>,
+    ended: mpsc::Receiver<RingState>,
     shared: Arc<QueueShared>,
 }
 
@@ -54,19 +62,33 @@ pub struct BlockDevice {
     name: String,
     identity: Identity,
     disk: Arc<Disk>,
+    poll: PollPolicy,
+    host: Arc<dyn QueueHost>,
     queues: Mutex<Vec<Option<Queue>>>,
     span: Span,
 }
 
 impl BlockDevice {
     /// A disk with all queues stopped.
-    pub fn new(config: DiskConfig) -> Self {
-        let DiskConfig { name, image, queues, queue_size, serial, engine } = config;
+    ///
+    /// # Errors
+    /// `InvalidField`: `queues` or `queue_size` is out of its range.
+    pub fn new(config: DiskConfig) -> Result<Self, Error> {
+        let DiskConfig { name, store, queues, queue_size, serial, engine, poll, host, mode_file } = config;
+        if queues == 0 {
+            return Err(Error::invalid_field("queues", "a disk has at least one queue"));
+        }
+        if !queue_size.is_power_of_two() || !(MIN_QUEUE_SIZE..=MAX_QUEUE_SIZE).contains(&queue_size) {
+            let message = format!(
+                "queue size {queue_size} is not a power of two from {MIN_QUEUE_SIZE} to {MAX_QUEUE_SIZE}"
+            );
+            return Err(Error::invalid_field("queue_size", message));
+        }
         let mut id = [0; ID_BYTES];
         for (to, from) in id.iter_mut().zip(serial.bytes()) {
             *to = from;
         }
-        let config = Config::new(*image.geometry(), image.read_only(), queues, queue_size);
+        let config = Config::new(*store.geometry(), store.read_only(), queues, queue_size, mode_file);
         let identity = Identity {
             virtio_id: VIRTIO_ID_BLOCK,
             features: config.features(),
@@ -74,10 +96,21 @@ impl BlockDevice {
             max_queue_size: queue_size,
             config_size: CONFIG_BYTES,
         };
-        let disk = Arc::new(Disk { image: Arc::new(image), config, serial: id, engine });
+        let disk = Arc::new(Disk { store, config, serial: id, engine });
         let span = tracing::info_span!("device", id = name);
         let queues = Mutex::new((0..queues).map(|_| None).collect());
-        Self { name, identity, disk, queues, span }
+        Ok(Self { name, identity, disk, poll, host, queues, span })
+    }
+
+    /// Sends the order to stop; `None`: queue `index` does not run.
+    fn order_stop(&self, index: u16) -> Option<()> {
+        let queues = self.queues.lock().unwrap_or_else(PoisonError::into_inner);
+        let queue = queues.get(usize::from(index))?.as_ref()?;
+        // A queue that has ended needs no order.
+        let _ = queue.orders.send(Stop);
+        drop(queues);
+        self.host.order_sent(index);
+        Some(())
     }
 }
 
@@ -91,64 +124,69 @@ impl Device for BlockDevice {
     }
 
     fn write_config(&self, offset: u32, data: &[u8]) -> Result<(), Error> {
-        self.disk.config.write(offset, data);
-        Ok(())
+        self.disk.config.write(offset, data).map_err(|e| {
+            let message = format!("the cache mode of disk {} cannot be kept: {e}", self.name);
+            Error::new(Code::Internal, ErrorReason::Host, message)
+                .resource(&self.name)
+                .remedy("check the card's runtime directory")
+        })
     }
 
     fn start_queue(&self, ring: Ring) -> Result<(), Error> {
         let index = ring.index();
-        let failed = |what: &str| {
-            let message = format!("queue {index} of disk {}: {what}", self.name);
-            Error::new(Code::Internal, ErrorReason::Host, message)
-        };
         let mut queues = self.queues.lock().unwrap_or_else(PoisonError::into_inner);
         let Some(place @ None) = queues.get_mut(usize::from(index)) else {
-            return Err(failed("it runs already, or there is no such queue"));
+            let message =
+                format!("queue {index} of disk {} runs already, or there is no such queue", self.name);
+            return Err(Error::new(Code::Internal, ErrorReason::Internal, message));
         };
-        let (orders, receiver) = mailbox().map_err(|e| failed(&format!("cannot make an eventfd: {e}")))?;
+        let (orders, receiver) =
+            mailbox().map_err(|e| host_error(&self.name, index, "cannot make an eventfd", &e))?;
         let (ending, ended) = mpsc::channel();
-        let (disk, shared, span) = (self.disk.clone(), ring.shared().clone(), self.span.clone());
-        let thread = std::thread::Builder::new()
-            .name(format!("blk{index}:{}", self.name))
-            .stack_size(STACK_BYTES)
-            .spawn(move || {
-                let state = span.in_scope(|| worker::serve(&disk, ring, receiver));
-                // The image goes before anybody hears that the queue has ended.
-                drop(disk);
-                drop(ending);
-                state
-            })
-            .map_err(|e| failed(&format!("cannot start a thread: {e}")))?;
-        *place = Some(Queue { orders, ended, thread, shared });
+        let shared = ring.shared().clone();
+        let _entered = self.span.enter();
+        self.host.serve(QueueStart {
+            disk: self.disk.clone(),
+            name: self.name.clone(),
+            ring,
+            orders: receiver,
+            ended: ending,
+            policy: self.poll,
+            span: self.span.clone(),
+        })?;
+        *place = Some(Queue { orders, ended, shared });
         Ok(())
     }
 
-    fn stop_queue(&self, index: u16, deadline: Instant) -> Result<RingState, Busy> {
-        let mut queues = self.queues.lock().unwrap_or_else(PoisonError::into_inner);
-        let busy = |in_flight| Busy { index, in_flight };
-        let Some(place) = queues.get_mut(usize::from(index)) else {
-            return Err(busy(0));
-        };
-        let Some(queue) = place.take() else {
-            return Err(busy(0));
-        };
-        // A thread that has ended needs no order.
-        let _ = queue.orders.send(Stop);
-        let patience = deadline.saturating_duration_since(Instant::now());
-        if queue.ended.recv_timeout(patience) == Err(RecvTimeoutError::Timeout) {
-            let in_flight = u16::try_from(queue.shared.counters.in_flight.get()).unwrap_or(u16::MAX);
-            *place = Some(queue);
-            return Err(busy(in_flight));
+    fn begin_stop(&self, index: u16) {
+        self.order_stop(index);
+    }
+
+    fn stop_queue(&self, index: u16, deadline: Instant) -> Result<Option<RingState>, Busy> {
+        if self.order_stop(index).is_none() {
+            return Ok(None);
         }
-        match queue.thread.join() {
-            Ok(state) => Ok(state),
-            // A panic has ended the process; there is nothing to answer.
-            Err(_) => Err(busy(0)),
+        let mut queues = self.queues.lock().unwrap_or_else(PoisonError::into_inner);
+        let Some(place) = queues.get_mut(usize::from(index)) else { return Ok(None) };
+        let Some(queue) = place.as_ref() else { return Ok(None) };
+        let busy = |queue: &Queue| {
+            let in_flight = u16::try_from(queue.shared.counters.in_flight.get()).unwrap_or(u16::MAX);
+            Busy { index, in_flight }
+        };
+        match queue.ended.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
+            Ok(state) => {
+                *place = None;
+                Ok(Some(state))
+            }
+            // Disconnected: it cannot end without saying so but in a panic, which ends the process.
+            Err(RecvTimeoutError::Timeout | RecvTimeoutError::Disconnected) => Err(busy(queue)),
         }
     }
 
     fn reset(&self) {
-        self.disk.config.reset();
+        if let Err(e) = self.disk.config.reset() {
+            warn!("disk {}: its driver's cache mode stays: {e}", self.name);
+        }
     }
 
     fn close(&self) {

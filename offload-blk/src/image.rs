@@ -38,6 +38,8 @@ pub struct Geometry {
 #[derive(Debug)]
 pub struct Image {
     file: File,
+    /// The same without O_DIRECT, if `file` has it: for what is not aligned. The kernel keeps both in step.
+    buffered: Option<File>,
     geometry: Geometry,
     read_only: bool,
 }
@@ -80,7 +82,13 @@ impl Image {
             patiently(|| OpenOptions::new().read(true).write(!read_only).custom_flags(flags).open(path))
                 .map_err(|e| open_error(path, read_only, direct, &e))?;
         let geometry = geometry(path, &file, direct)?;
-        Ok(Self { file, geometry, read_only })
+        let buffered = direct.then(|| {
+            // The very same file, whatever the path names by now.
+            let again = format!("/proc/self/fd/{}", file.as_raw_fd());
+            OpenOptions::new().read(true).write(!read_only).custom_flags(libc::O_CLOEXEC).open(again)
+        });
+        let buffered = buffered.transpose().map_err(|e| host("open", path, &e))?;
+        Ok(Self { file, buffered, geometry, read_only })
     }
 
     fn lock(&self, path: &str) -> Result<(), Error> {
@@ -101,6 +109,16 @@ impl Image {
     /// The open file.
     pub fn file(&self) -> &File {
         &self.file
+    }
+
+    /// The open file, by way of the page cache.
+    pub fn buffered(&self) -> &File {
+        self.buffered.as_ref().unwrap_or(&self.file)
+    }
+
+    /// [`Image::file`] goes around the page cache.
+    pub fn direct(&self) -> bool {
+        self.buffered.is_some()
     }
 
     /// What it is.

@@ -1,11 +1,12 @@
 //! The storage card: virtio-blk devices on raw image files and block devices.
 //!
 //! [`BlockDevice`] is the engine. It knows rings and images, nothing of vhost-user or gRPC, and runs inside the card or
-//! inside a VMM alike. A started queue is a thread of its own that owns the ring, its requests and its way of doing I/O:
+//! inside a VMM alike. A started queue is a [`BlockQueue`] that owns the ring, its requests and its way of doing I/O; a
+//! [`QueueHost`] says who calls it: a thread per queue ([`Threads`]), or a VMM's vCPU thread ([`Inline`]).
 //!
 //! ```text
-//!   ring ──pop──► request ──► slot (iovecs straight into guest memory) ──► io_uring ──► image
-//!     ▲                         │ O_DIRECT and the guest's buffers unaligned: by a bounce buffer
+//!   ring ──pop──► request ──► slot (iovecs straight into guest memory) ──► io_uring, preadv2, pwritev2 ──► image
+//!     ▲                         │                    what O_DIRECT does not take: by the page cache
 //!     └──push, publish── status ┘
 //! ```
 //!
@@ -18,12 +19,18 @@ mod config;
 mod device;
 mod image;
 mod io;
+mod mode;
+mod queue;
 mod request;
 mod service;
+mod store;
 mod worker;
 
-pub use device::{BlockDevice, DiskConfig};
+pub use device::{BlockDevice, DiskConfig, MAX_QUEUE_SIZE, MIN_QUEUE_SIZE};
 pub use image::{Geometry, Image, SECTOR_BYTES};
+pub use mode::ModeFile;
+pub use queue::{BlockQueue, Inline, Progress, QueueHost, QueueStart, Threads};
 pub use request::{HEADER_BYTES, ID_BYTES, Limits, NoStatus, Request, Status, parse};
 pub use service::{StorageCard, StorageService};
+pub use store::{NullStore, Store};
 pub use worker::IoEngine;

@@ -4,6 +4,7 @@ use std::process::ExitCode;
 
 use clap::Parser;
 use offload_blk::{IoEngine, StorageCard, StorageService};
+use offload_card::poll::PollArgs;
 use offload_card::runtime::{self, CardArgs, Parts};
 use proto::v1::storage_card_server::StorageCardServer;
 use tonic::service::RoutesBuilder;
@@ -23,13 +24,15 @@ struct Args {
     /// How to do I/O.
     #[arg(long, value_enum, default_value_t)]
     io: IoEngine,
+    #[command(flatten)]
+    poll: PollArgs,
 }
 
 fn main() -> ExitCode {
     let args = Args::parse();
-    runtime::run("offload-blk", env!("CARGO_PKG_VERSION"), &args.card, |_| {
+    runtime::run("offload-blk", env!("CARGO_PKG_VERSION"), &args.card, |runtime_dir| {
         let mut routes = RoutesBuilder::default();
         routes.add_service(StorageCardServer::new(StorageService));
-        Ok(Parts { factory: StorageCard::new(args.io), routes })
+        Ok(Parts { factory: StorageCard::new(args.io, args.poll.policy(), runtime_dir)?, routes })
     })
 }

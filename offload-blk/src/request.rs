@@ -12,6 +12,7 @@ use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_ID_BYTES, VIRTIO_BLK_S_IOERR, VIRTIO_BLK_S_OK, VIRTIO_BLK_S_UNSUPP, VIRTIO_BLK_T_FLUSH,
     VIRTIO_BLK_T_GET_ID, VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT,
 };
+use vm_memory::VolatileMemory;
 
 use crate::image::SECTOR_BYTES;
 
@@ -85,10 +86,18 @@ pub fn parse(chain: &Chain, limits: Limits) -> Result<Request, NoStatus> {
     let Some(writable) = chain.writable_len().checked_sub(1) else {
         return Err(NoStatus);
     };
-    let mut header = [0; HEADER_BYTES];
-    if chain.read_at(0, &mut header) != HEADER_BYTES {
-        return Ok(Request::Done(Status::IoError));
-    }
+    // In one piece, nearly always.
+    let first = chain.readable_slices().next();
+    let header = match first.and_then(|s| Some(s.get_ref::<u128>(0).ok()?.load())) {
+        Some(header) => header.to_ne_bytes(),
+        None => {
+            let mut header = [0; HEADER_BYTES];
+            if chain.read_at(0, &mut header) != HEADER_BYTES {
+                return Ok(Request::Done(Status::IoError));
+            }
+            header
+        }
+    };
     let readable = chain.readable_len() - HEADER_BYTES as u32;
     let [t0, t1, t2, t3, _, _, _, _, sector @ ..] = header;
     let sector = u64::from_le_bytes(sector);

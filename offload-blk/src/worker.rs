@@ -1,6 +1,5 @@
-//! A queue's thread: takes requests from its ring, has them done, and answers.
+//! A queue's work: takes requests from its ring, has them done, and answers.
 
-mod bounce;
 mod slot;
 
 use std::collections::VecDeque;
@@ -12,260 +11,340 @@ use offload_card::{Chain, Ring, RingError, RingState};
 use tracing::{error, warn};
 
 use crate::config::Config;
-use crate::image::Image;
-use crate::io::{Backend, Completion, Op, SyncBackend, Transfer, UringBackend, Wakers};
+use crate::io::{Backend, Begun, Op};
+use crate::queue::Progress;
 use crate::request::{ID_BYTES, Limits, NoStatus, Request, Status, parse};
-use bounce::Pool;
+use crate::store::Store;
 use slot::Slot;
 
-/// Orders to a queue's thread.
+/// Orders to a queue.
 #[derive(Debug)]
 pub(crate) struct Stop;
 
 /// Which way of doing I/O to take.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, clap::ValueEnum)]
 pub enum IoEngine {
-    /// io_uring where the host permits it, system calls otherwise.
+    /// Whichever is quicker, io_uring or a system call; system calls only where the host does not permit io_uring.
     #[default]
     Auto,
-    /// io_uring, and an error if it is not permitted.
+    /// io_uring for everything, and an error if it is not permitted.
     IoUring,
     /// One system call per request.
     Sync,
 }
 
+/// Answers are shown to the driver when they have cost about as much as this many requests of no bytes: so that it works
+/// on the first of a batch while the rest of it is done.
+const STEP: u32 = 8;
+/// Bytes that cost as much as a request by itself, as a power of two.
+const STEP_BYTES_LOG2: u32 = 11;
+/// Requests begun between two looks at what has been completed.
+const MAX_TAKEN: u16 = 64;
+/// How often a transfer is put off by the host before it has failed.
+const MAX_RETRIES: u8 = 100;
+
 /// What the queues of a disk have in common. None of it is locked or written in the data path.
 #[derive(Debug)]
 pub(crate) struct Disk {
-    pub(crate) image: Arc<Image>,
+    pub(crate) store: Store,
     pub(crate) config: Config,
     pub(crate) serial: [u8; ID_BYTES],
     pub(crate) engine: IoEngine,
 }
 
-/// Serves `ring` until told to stop; the thread's main function.
-pub(crate) fn serve(disk: &Disk, ring: Ring, orders: Receiver<Stop>) -> RingState {
-    let wakers = || -> io::Result<Wakers> {
-        Ok(Wakers { kick: ring.kick().try_clone()?, orders: orders.event().try_clone()? })
-    };
-    let depth = ring.size();
-    let uring = || wakers().and_then(|w| UringBackend::new(disk.image.clone(), w, depth));
-    let sync = || wakers().and_then(|w| SyncBackend::new(disk.image.clone(), w, depth));
-    let (index, fail) = (ring.index(), |why: &io::Error| format!("no I/O is possible: {why}"));
-    let uring = if disk.engine == IoEngine::Sync { None } else { Some(uring()) };
-    match uring {
-        Some(Ok(backend)) => Worker::new(disk, ring, orders, backend).run(),
-        Some(Err(e)) if disk.engine == IoEngine::IoUring => idle(ring, &orders, fail(&e)),
-        other => {
-            if let Some(Err(e)) = other {
-                warn!(
-                    "queue {index}: io_uring is not available ({e}); falling back to system calls, which is slower"
-                );
-            }
-            match sync() {
-                Ok(backend) => Worker::new(disk, ring, orders, backend).run(),
-                Err(e) => idle(ring, &orders, fail(&e)),
-            }
-        }
-    }
-}
-
-/// Breaks the ring and waits to be told to stop.
-fn idle(mut ring: Ring, orders: &Receiver<Stop>, why: String) -> RingState {
-    error!("queue {}: {why}", ring.index());
-    ring.fail(&RingError::Request(why));
-    orders.wait();
-    ring.stop()
-}
-
-struct Worker<'a, B> {
-    disk: &'a Disk,
+/// A queue's state.
+pub(crate) struct Worker {
+    disk: Arc<Disk>,
     ring: Ring,
     orders: Receiver<Stop>,
-    backend: B,
+    stopping: bool,
+    /// Kicks are asked for.
+    armed: bool,
+    backend: Backend,
+    /// Everything is done as it is begun, without a slot.
+    null: bool,
     limits: Limits,
+    /// Longest chain that is a request, in descriptors.
+    descriptors: u16,
     /// Requests by head.
     slots: Vec<Slot>,
     /// Filled by the next pop.
     spare: Chain,
     /// Requests with a slot.
     active: u16,
-    bounce: Pool,
-    /// Requests that need a bounce buffer when there is none.
-    waiting: VecDeque<u16>,
-    done: Vec<Completion>,
+    /// Requests whose transfer found no room.
+    full: VecDeque<u16>,
+    /// Cost of the answers not yet shown to the driver.
+    unpublished: u32,
+    /// What a write is now.
     write: Op,
+    /// Flushes under way.
+    flushes: u16,
 }
 
-impl<'a, B: Backend> Worker<'a, B> {
-    fn new(disk: &'a Disk, ring: Ring, orders: Receiver<Stop>, backend: B) -> Self {
-        let size = usize::from(ring.size());
+impl Worker {
+    pub(crate) fn new(disk: Arc<Disk>, ring: Ring, orders: Receiver<Stop>, backend: Backend) -> Self {
+        let null = matches!(disk.store, Store::Null(_));
         let limits =
-            Limits { size_bytes: disk.image.geometry().size_bytes, read_only: disk.image.read_only() };
+            Limits { size_bytes: disk.store.geometry().size_bytes, read_only: disk.store.read_only() };
+        let size = if null { 0 } else { usize::from(ring.size()) };
         Self {
+            descriptors: disk.config.segments() + 2,
             disk,
             ring,
             orders,
+            stopping: false,
+            armed: true,
             backend,
+            null,
             limits,
             slots: (0..size).map(|_| Slot::default()).collect(),
             spare: Chain::new(),
             active: 0,
-            bounce: Pool::default(),
-            waiting: VecDeque::with_capacity(size),
-            done: Vec::with_capacity(size),
+            full: VecDeque::with_capacity(size),
+            unpublished: 0,
             write: Op::Write,
+            flushes: 0,
         }
     }
 
-    fn run(mut self) -> RingState {
-        let mut stopping = false;
-        loop {
-            stopping |= !matches!(self.orders.take(), Order::None);
-            self.take_requests(stopping);
-            self.ring.publish();
-            if stopping && self.active == 0 {
-                return self.ring.stop();
-            }
-            if !stopping && self.ring.enable_kicks() {
-                continue;
-            }
-            match self.backend.wait() {
-                Ok(kicks) => self.ring.counters().kicks.add(kicks),
-                Err(e) => {
-                    // Nothing more can be known about what is in flight, so its memory must not be given up: the process
-                    // dies, is started again, and does it again.
-                    error!("queue {}: cannot wait for I/O: {e}", self.ring.index());
-                    std::process::abort();
-                }
-            }
-            self.complete();
+    pub(crate) fn ring(&self) -> &Ring {
+        &self.ring
+    }
+
+    /// One look at everything, without waiting.
+    pub(crate) fn turn(&mut self) -> Progress {
+        if !self.stopping && self.orders.pending() {
+            self.stopping = !matches!(self.orders.take(), Order::None);
+        }
+        if self.armed {
+            self.armed = false;
+            self.ring.disable_kicks();
+        }
+        if self.ring.memory_changed() {
+            // What the front-end removed is unmapped when nothing keeps it.
+            self.spare.clear();
+            self.slots.iter_mut().filter(|s| !s.active).for_each(|s| s.chain.clear());
+        }
+        let completed = self.take_completions();
+        let taken = self.take_requests();
+        if let Err(e) = self.backend.poll() {
+            self.lost(&e);
+        }
+        self.publish();
+        let kicks = self.backend.kicks();
+        if kicks > 0 {
+            self.ring.counters().kicks.add(kicks);
+        }
+        if self.stopping && self.active == 0 && self.ring.recovered() == 0 {
+            Progress::Ended
+        } else if completed || taken {
+            Progress::Worked
+        } else if self.active > 0 {
+            Progress::Waiting
+        } else {
+            Progress::Idle
         }
     }
 
-    /// Takes what waits in the ring; when stopping, only what a predecessor left.
-    fn take_requests(&mut self, stopping: bool) {
-        if stopping && self.ring.recovered() == 0 {
-            return;
+    /// It makes no sense to look again rather than to sleep: nothing can come, or what is under way needs this CPU.
+    pub(crate) fn should_sleep(&self) -> bool {
+        self.ring.is_broken() || self.flushes > 0
+    }
+
+    /// Asks for kicks. True if there is work already.
+    pub(crate) fn ask_for_kicks(&mut self) -> bool {
+        if self.stopping {
+            return false;
         }
-        self.ring.disable_kicks();
-        let features = self.ring.features();
-        self.write = if self.disk.config.write_through(features) { Op::WriteThrough } else { Op::Write };
-        while !stopping || self.ring.recovered() > 0 {
+        self.armed = true;
+        self.ring.enable_kicks() || self.orders.pending()
+    }
+
+    /// Waits until there may be work; false if there is some already.
+    pub(crate) fn sleep(&mut self) -> bool {
+        if self.ask_for_kicks() {
+            return false;
+        }
+        self.ring.counters().sleeps.add(1);
+        if let Err(e) = self.backend.wait() {
+            self.lost(&e);
+        }
+        true
+    }
+
+    /// From now on nothing more is taken.
+    pub(crate) fn order_stop(&mut self) {
+        self.stopping = true;
+    }
+
+    /// Gives the ring back, after [`Progress::Ended`].
+    pub(crate) fn end(self) -> RingState {
+        self.ring.stop()
+    }
+
+    /// Nothing more can be known about what is in flight, so its memory must not be given up: the process dies, is started
+    /// again, and does it again.
+    fn lost(&self, e: &io::Error) -> ! {
+        error!("queue {}: cannot wait for I/O: {e}", self.ring.index());
+        std::process::abort();
+    }
+
+    /// Takes what waits in the ring; when stopping, only what a predecessor left. True if there was something.
+    fn take_requests(&mut self) -> bool {
+        let mut taken = 0;
+        while taken < MAX_TAKEN && (!self.stopping || self.ring.recovered() > 0) {
             match self.ring.pop(&mut self.spare) {
-                Ok(true) => self.begin(),
+                Ok(true) => {}
                 Ok(false) => break,
                 Err(e) => {
                     warn!("queue {} is broken: {e}", self.ring.index());
                     break;
                 }
             }
+            if taken == 0 && !self.null {
+                let through = self.disk.config.write_through(self.ring.features());
+                self.write = if through { Op::WriteThrough } else { Op::Write };
+            }
+            taken += 1;
+            self.begin();
+            // Requests may take long here, one after the other.
+            if !self.stopping && self.orders.pending() {
+                break;
+            }
         }
+        taken > 0
     }
 
     /// Begins the request in `spare`.
     fn begin(&mut self) {
+        let parsed = if self.spare.descriptors() > self.descriptors && self.spare.writable_len() > 0 {
+            Ok(Request::Done(Status::IoError))
+        } else {
+            parse(&self.spare, self.limits)
+        };
+        let (op, offset, length) = match parsed {
+            Ok(Request::Read { offset, length }) => (Op::Read, offset, length),
+            Ok(Request::Write { offset, length }) => (self.write, offset, length),
+            Ok(Request::Flush) => (Op::Sync, 0, 0),
+            Ok(Request::GetId) => {
+                let room = self.spare.writable_len() as usize - 1;
+                let written = self.spare.write_at(0, &self.disk.serial[..room.min(ID_BYTES)]);
+                return self.answer_spare(Status::Ok, None, written as u32);
+            }
+            Ok(Request::Done(status)) => return self.answer_spare(status, None, 0),
+            Err(NoStatus) => {
+                let head = self.spare.head();
+                self.ring.push(head, 0);
+                self.unpublished += 1;
+                let error = RingError::Request(format!("request {head} has no room for a status"));
+                warn!("queue {} is broken: {error}", self.ring.index());
+                return self.ring.fail(&error);
+            }
+        };
+        if self.null {
+            let written = if op == Op::Read { length } else { 0 };
+            return self.answer_spare(Status::Ok, Some((op, length)), written);
+        }
         let head = self.spare.head();
-        let parsed = parse(&self.spare, self.limits);
-        let alignment = self.disk.image.geometry().memory_alignment;
         let slot = &mut self.slots[usize::from(head)];
         // The slot's old chain becomes the next spare: no allocation.
         std::mem::swap(&mut slot.chain, &mut self.spare);
+        slot.begin(op, offset, length, self.disk.store.geometry());
         self.active += 1;
-        match parsed {
-            Ok(Request::Read { offset, length }) => {
-                slot.begin(Op::Read, offset, length, alignment);
-                self.go_on(head);
-            }
-            Ok(Request::Write { offset, length }) => {
-                slot.begin(self.write, offset, length, alignment);
-                self.go_on(head);
-            }
-            Ok(Request::Flush) => {
-                slot.begin(Op::Sync, 0, 0, 1);
-                self.go_on(head);
-            }
-            Ok(Request::GetId) => {
-                let room = slot.chain.writable_len() as usize - 1;
-                let serial = &self.disk.serial[..room.min(ID_BYTES)];
-                slot.chain.write_at(0, serial);
-                self.finish(head, Status::Ok);
-            }
-            Ok(Request::Done(status)) => self.finish(head, status),
-            Err(NoStatus) => {
-                self.active -= 1;
-                self.ring.push(head, 0);
-                let error = RingError::Request(format!("request {head} has no room for a status"));
-                warn!("queue {} is broken: {error}", self.ring.index());
-                self.ring.fail(&error);
-            }
-        }
+        self.flushes += u16::from(op == Op::Sync);
+        self.go_on(head);
     }
 
-    /// Begins the next transfer of a request.
+    /// Begins the next transfer of a request, and those after it as far as they end at once.
     fn go_on(&mut self, head: u16) {
-        let slot = &mut self.slots[usize::from(head)];
-        if slot.needs_bounce() {
-            let Some(buffer) = slot.bounce.take().or_else(|| self.bounce.take()) else {
-                self.waiting.push_back(head);
-                return;
-            };
-            slot.fill_bounce(buffer);
-        }
-        let transfer = Transfer { op: slot.op(), offset: slot.next_offset(), iovecs: slot.next_iovecs() };
-        // SAFETY: the slot keeps its iovecs and the chain or the bounce buffer they point into until the completion comes
-        // back; slots are dropped only when none is active, or with the whole process.
-        unsafe { self.backend.submit(head, &transfer) };
-    }
-
-    /// Takes completions and answers what is done.
-    fn complete(&mut self) {
-        let mut done = std::mem::take(&mut self.done);
-        self.backend.completions(&mut done);
-        for (head, result) in done.drain(..) {
-            let slot = &mut self.slots[usize::from(head)];
-            match result {
-                // It was not even begun.
-                _ if result == -libc::EAGAIN || result == -libc::EINTR => self.go_on(head),
-                moved if moved > 0 || (moved == 0 && slot.op() == Op::Sync) => {
-                    if slot.advance(moved.unsigned_abs()) {
-                        self.finish(head, Status::Ok);
-                    } else {
-                        self.go_on(head);
-                    }
-                }
-                failed => {
-                    // 0: the image ends before its end; somebody has cut it.
-                    let why = if failed == 0 { libc::EIO } else { -failed };
-                    self.report(head, &io::Error::from_raw_os_error(why));
-                    self.finish(head, Status::IoError);
-                }
+        loop {
+            let slot = &self.slots[usize::from(head)];
+            // SAFETY: the slot keeps its iovecs and the chain they point into until the completion comes back; slots are
+            // dropped only when none is active (`BlockQueue` sees to it), or with the whole process.
+            match unsafe { self.backend.begin(head, &slot.transfer()) } {
+                Begun::Done(result) if self.moved(head, result) => {}
+                Begun::Done(_) | Begun::Pending => return,
+                Begun::Full => return self.full.push_back(head),
             }
         }
-        self.done = done;
-        self.ring.publish();
     }
 
-    /// Answers a request.
+    /// Takes completions and answers what is done. True if there were any.
+    fn take_completions(&mut self) -> bool {
+        if self.active == 0 && self.null {
+            return false;
+        }
+        let mut any = false;
+        while let Some((head, result)) = self.backend.completion() {
+            any = true;
+            if self.moved(head, result) {
+                self.go_on(head);
+            }
+        }
+        // Those that find no room again go to the end.
+        for _ in 0..self.full.len() {
+            if let Some(head) = self.full.pop_front() {
+                self.go_on(head);
+            }
+        }
+        any
+    }
+
+    /// A transfer ended with `result`. True if the request needs another.
+    fn moved(&mut self, head: u16, result: i32) -> bool {
+        let slot = &mut self.slots[usize::from(head)];
+        if (result == -libc::EAGAIN || result == -libc::EINTR) && slot.retries < MAX_RETRIES {
+            // It was not even begun.
+            slot.retries += 1;
+            return true;
+        }
+        if result > 0 || (result == 0 && slot.op() == Op::Sync) {
+            if !slot.advance(result.unsigned_abs(), self.disk.store.geometry()) {
+                return true;
+            }
+            self.finish(head, Status::Ok);
+        } else {
+            // 0: the image ends before its end; somebody has cut it.
+            let why = if result == 0 { libc::EIO } else { -result };
+            self.report(head, &io::Error::from_raw_os_error(why));
+            self.finish(head, Status::IoError);
+        }
+        false
+    }
+
+    /// Answers the request of a slot.
     fn finish(&mut self, head: u16, status: Status) {
         let slot = &mut self.slots[usize::from(head)];
-        let counters = self.ring.counters();
-        match (status, slot.op()) {
-            (Status::Ok, Op::Read) => counters.bytes_in.add(u64::from(slot.length())),
-            (Status::Ok, Op::Write | Op::WriteThrough) => counters.bytes_out.add(u64::from(slot.length())),
-            (Status::Ok, Op::Sync) => {}
-            (Status::IoError | Status::Unsupported, _) => counters.errors.add(1),
-        }
-        let written = slot.chain.writable_len();
-        slot.chain.write_at(written.saturating_sub(1) as usize, &[status.byte()]);
-        let freed = slot.end();
+        let written = if slot.op() == Op::Read { slot.moved() } else { 0 };
+        let payload = Some((slot.op(), slot.length()));
         self.active -= 1;
-        self.ring.push(head, written);
-        if let Some(buffer) = freed {
-            self.bounce.put(buffer);
-            if let Some(next) = self.waiting.pop_front() {
-                self.go_on(next);
-            }
+        self.flushes -= u16::from(slot.op() == Op::Sync);
+        self.unpublished += answer(&mut self.ring, &slot.chain, status, payload, written);
+        slot.active = false;
+        if !self.ring.is_current(&slot.chain) {
+            slot.chain.clear();
+        }
+        if self.unpublished >= STEP {
+            self.publish();
+        }
+    }
+
+    /// Answers the request in `spare`.
+    fn answer_spare(&mut self, status: Status, payload: Option<(Op, u32)>, written: u32) {
+        self.unpublished += 1;
+        answer(&mut self.ring, &self.spare, status, payload, written);
+        if self.unpublished >= STEP {
+            self.publish();
+        }
+    }
+
+    /// Shows answers to the driver.
+    fn publish(&mut self) {
+        if self.unpublished > 0 {
+            self.unpublished = 0;
+            self.ring.publish();
+            self.ring.counters().batches.add(1);
         }
     }
 
@@ -281,4 +360,33 @@ impl<'a, B: Backend> Worker<'a, B> {
             );
         }
     }
+}
+
+/// Writes the status of the request in `chain` and returns it to the ring. `payload` is what was moved, if anything was to
+/// be; `written` bytes were written at the beginning of what may be. What it cost, in steps.
+fn answer(ring: &mut Ring, chain: &Chain, status: Status, payload: Option<(Op, u32)>, written: u32) -> u32 {
+    let counters = ring.counters();
+    let mut cost = 1;
+    match (status, payload) {
+        (Status::Ok, Some((op, length))) => {
+            let counter = if op == Op::Read { &counters.bytes_in } else { &counters.bytes_out };
+            counter.add(u64::from(length));
+            cost += length >> STEP_BYTES_LOG2;
+        }
+        (Status::Ok, None) => {}
+        (Status::IoError | Status::Unsupported, _) => counters.errors.add(1),
+    }
+    write_status(chain, status);
+    // The driver may trust only what is written without a gap (VirtIO 1.3 section 2.7.8.2).
+    let gap = chain.writable_len() - 1 != written;
+    ring.push(chain.head(), if gap { written } else { written + 1 });
+    cost
+}
+
+/// Writes the status, the last byte that may be written.
+fn write_status(chain: &Chain, status: Status) {
+    let Some(last) = chain.writable().last().map(offload_card::ring::Segment::iovec) else { return };
+    // SAFETY: the segment is not empty, and the chain, which is borrowed, keeps it mapped. The guest may access it at the
+    // same time, hence volatile.
+    unsafe { last.iov_base.cast::<u8>().add(last.iov_len - 1).write_volatile(status.byte()) };
 }

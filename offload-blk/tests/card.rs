@@ -508,6 +508,30 @@ fn a_driver_without_flush_gets_durable_writes_and_one_without_version_1_nothing(
     assert!(card.list()[0].broken.contains("VERSION_1"));
 }
 
+/// A driver that switched the cache off never flushes: a card that is killed must not forget it.
+#[test]
+fn a_write_through_cache_stays_so_when_the_card_is_killed() {
+    use vhost::vhost_user::message::VhostUserConfigFlags;
+    let dir = tempfile::tempdir().unwrap();
+    let path = image(dir.path(), "disk.img", 1 << 20);
+    let mut card = Card::start(dir.path(), &[]);
+    let wanted = spec("d", BlockDeviceSpec { path, ..Default::default() });
+    let device = card.create(&wanted).unwrap();
+    let mut front = connect(&device);
+    assert_eq!(front.config(32, 1), [1]);
+    front.frontend.set_config(32, VhostUserConfigFlags::WRITABLE, &[0]).unwrap();
+    card.crash();
+    let mut front = connect(&device);
+    assert_eq!(front.config(32, 1), [0]);
+    // A reset ends it, and so does the device's end.
+    front.frontend.reset_device().unwrap();
+    assert_eq!(front.config(32, 1), [1]);
+    front.frontend.set_config(32, VhostUserConfigFlags::WRITABLE, &[0]).unwrap();
+    card.delete("d").unwrap();
+    let mut front = connect(&card.create(&wanted).unwrap());
+    assert_eq!(front.config(32, 1), [1]);
+}
+
 #[test]
 fn an_image_that_somebody_cuts_gives_errors_and_nothing_worse() {
     for arguments in [["--io", "io-uring"], ["--io", "sync"]] {

@@ -1,17 +1,20 @@
-//! How a queue's thread moves data between guest memory and the image, and what it waits with.
+//! How a queue moves data between guest memory and the image, and what it waits with.
 
-mod sync;
+mod calls;
 mod uring;
+mod waiter;
 
 use std::io;
 use std::sync::Arc;
 
 use offload_card::event::Event;
 
-pub(crate) use sync::SyncBackend;
-pub(crate) use uring::UringBackend;
+use uring::Uring;
+use waiter::Waiter;
 
 use crate::image::Image;
+use crate::store::Store;
+use crate::worker::IoEngine;
 
 /// What is to be done with the image.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -34,12 +37,25 @@ pub(crate) struct Transfer<'a> {
     pub(crate) offset: u64,
     /// Where in memory; at most `IOV_MAX`. Nothing for `Sync`.
     pub(crate) iovecs: &'a [libc::iovec],
+    /// Offset, memory or a length is not aligned as O_DIRECT wants: go through the page cache.
+    pub(crate) unaligned: bool,
+}
+
+/// How a transfer began.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Begun {
+    /// It is over: bytes moved or a negative errno.
+    Done(i32),
+    /// It will be among the completions.
+    Pending,
+    /// There is no room. To be tried again after completions have been taken.
+    Full,
 }
 
 /// A transfer that ended: its tag, and bytes moved or a negative errno.
 pub(crate) type Completion = (u16, i32);
 
-/// What a queue's thread waits for beside completions.
+/// What a queue waits for beside completions.
 #[derive(Debug)]
 pub(crate) struct Wakers {
     /// The driver's kicks.
@@ -48,22 +64,154 @@ pub(crate) struct Wakers {
     pub(crate) orders: Event,
 }
 
-/// A way to do I/O. One per queue, used by its thread only.
-pub(crate) trait Backend: Sized {
-    /// For up to `depth` transfers at a time on `image`.
-    fn new(image: Arc<Image>, wakers: Wakers, depth: u16) -> io::Result<Self>;
+impl Wakers {
+    fn try_clone(&self) -> io::Result<Self> {
+        Ok(Self { kick: self.kick.try_clone()?, orders: self.orders.try_clone()? })
+    }
+}
 
-    /// Begins a transfer. It may be held back until the next [`Backend::wait`]. Every transfer ends with one completion.
+/// A way to do I/O. One per queue, used by its thread only.
+pub(crate) enum Backend {
+    /// Nothing to do.
+    Null(Waiter),
+    /// A system call per transfer, here and now.
+    Calls(Waiter, Arc<Image>),
+    /// By io_uring, with what is quicker here and now.
+    Uring(Box<Uring>),
+}
+
+impl Backend {
+    /// For up to `depth` transfers at a time on `store`. With `bound`, it is used by the calling thread only. The error
+    /// is of io_uring if that was what `engine` insisted on; the second value if io_uring was tried and given up.
+    pub(crate) fn new(
+        store: &Store,
+        wakers: Wakers,
+        depth: u16,
+        engine: IoEngine,
+        bound: bool,
+    ) -> io::Result<(Self, Option<io::Error>)> {
+        let Store::Image(image) = store else { return Ok((Self::Null(Waiter::new(wakers)?), None)) };
+        let mut refused = None;
+        if bound && engine != IoEngine::Sync {
+            match Uring::new(image.clone(), wakers.try_clone()?, depth, engine == IoEngine::Auto) {
+                Ok(uring) => return Ok((Self::Uring(Box::new(uring)), None)),
+                Err(e) if engine == IoEngine::IoUring => return Err(e),
+                Err(e) => refused = Some(e),
+            }
+        }
+        Ok((Self::Calls(Waiter::new(wakers)?, image.clone()), refused))
+    }
+
+    /// Begins a transfer. It may be held back until the next [`Backend::poll`] or [`Backend::wait`].
     ///
     /// # Safety
     ///
-    /// `iovecs` and the memory they name stay valid until the completion has been taken.
-    unsafe fn submit(&mut self, tag: u16, transfer: &Transfer<'_>);
+    /// `iovecs` and the memory they name stay valid until the completion has been taken, if it is pending.
+    pub(crate) unsafe fn begin(&mut self, tag: u16, transfer: &Transfer<'_>) -> Begun {
+        match self {
+            // There is nothing to move anything from or to.
+            Self::Null(_) => Begun::Done(-libc::ENXIO),
+            // SAFETY: the caller's promise is ours.
+            Self::Calls(_, image) => Begun::Done(unsafe { calls::transfer(image, transfer, 0) }),
+            // SAFETY: as above.
+            Self::Uring(uring) => unsafe { uring.begin(tag, transfer) },
+        }
+    }
 
-    /// Begins what was held back, and waits until there is a completion, a kick or an order. Answers how many kicks it
-    /// saw.
-    fn wait(&mut self) -> io::Result<u64>;
+    /// Begins what was held back, without waiting.
+    pub(crate) fn poll(&mut self) -> io::Result<()> {
+        match self {
+            Self::Null(_) | Self::Calls(..) => Ok(()),
+            Self::Uring(uring) => uring.poll(),
+        }
+    }
 
-    /// Moves completions into `done`.
-    fn completions(&mut self, done: &mut Vec<Completion>);
+    /// Begins what was held back, and waits until there is a completion, a kick or an order.
+    pub(crate) fn wait(&mut self) -> io::Result<()> {
+        match self {
+            Self::Null(waiter) | Self::Calls(waiter, _) => waiter.wait(),
+            Self::Uring(uring) => uring.wait(),
+        }
+    }
+
+    /// Kicks seen since this was asked last.
+    pub(crate) fn kicks(&mut self) -> u64 {
+        std::mem::take(match self {
+            Self::Null(waiter) | Self::Calls(waiter, _) => &mut waiter.kicks,
+            Self::Uring(uring) => &mut uring.kicks,
+        })
+    }
+
+    /// The next completion.
+    pub(crate) fn completion(&mut self) -> Option<Completion> {
+        match self {
+            Self::Null(_) | Self::Calls(..) => None,
+            Self::Uring(uring) => uring.completion(),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::fd::AsRawFd;
+    use std::os::unix::fs::OpenOptionsExt;
+
+    use super::*;
+
+    fn image() -> (tempfile::NamedTempFile, Store) {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        file.as_file().set_len(1 << 20).unwrap();
+        let image = Image::open(file.path().to_str().unwrap(), false, false).unwrap();
+        (file, Store::Image(Arc::new(image)))
+    }
+
+    fn wakers() -> Wakers {
+        Wakers { kick: Event::new().unwrap(), orders: Event::new().unwrap() }
+    }
+
+    /// A kernel may have rings and refuse what is put into them: polls of a path-only descriptor, here.
+    #[test]
+    fn a_ring_that_cannot_wait_is_not_taken() {
+        let (_file, store) = image();
+        let path_only = std::fs::File::options().read(true).custom_flags(libc::O_PATH).open("/").unwrap();
+        let refused = |engine| {
+            let wakers = wakers();
+            let kick = wakers.kick.as_raw_fd();
+            // SAFETY: both are open, and the number stays `kick`'s, for something else now.
+            assert_eq!(unsafe { libc::dup2(path_only.as_raw_fd(), kick) }, kick);
+            Backend::new(&store, wakers, 16, engine, true).map(|(_, refused)| refused)
+        };
+        // To wait by epoll is refused, too: nothing is left.
+        for engine in [IoEngine::IoUring, IoEngine::Auto] {
+            assert_eq!(refused(engine).unwrap_err().raw_os_error(), Some(libc::EBADF), "{engine:?}");
+        }
+    }
+
+    /// More transfers than the ring has room for, before any completion is taken: some are told to come again, none fails.
+    #[test]
+    fn what_finds_no_room_is_told_so_and_nothing_gets_lost() {
+        let (_file, store) = image();
+        let (mut backend, refused) = Backend::new(&store, wakers(), 2, IoEngine::IoUring, true).unwrap();
+        assert!(refused.is_none());
+        let mut memory = [0u8; 512];
+        let iovecs = [libc::iovec { iov_base: memory.as_mut_ptr().cast(), iov_len: 512 }];
+        let transfer = Transfer { op: Op::Read, offset: 0, iovecs: &iovecs, unaligned: false };
+        let (mut begun, mut done) = (0u16, 0);
+        for tag in 0..200 {
+            // SAFETY: `memory` and `iovecs` are there until all are done.
+            match unsafe { backend.begin(tag, &transfer) } {
+                Begun::Pending => begun += 1,
+                Begun::Full => {}
+                Begun::Done(result) => panic!("{result}"),
+            }
+        }
+        while done < begun {
+            backend.wait().unwrap();
+            while let Some((_, result)) = backend.completion() {
+                assert_eq!(result, 512);
+                done += 1;
+            }
+        }
+        assert!(begun >= 2);
+    }
 }

@@ -1,46 +1,76 @@
 //! io_uring: a batch of transfers per system call, and one place to wait for everything.
 //!
 //! Kicks and orders are multishot polls in the same ring, so that the thread sleeps in one `io_uring_enter` that also
-//! submits what it has gathered. Nobody reads the eventfds: every signal is one completion.
+//! submits what it has gathered. Nobody reads the eventfds: every signal is one completion. The kernel posts
+//! completions only when asked to (DEFER_TASKRUN), and a flag in shared memory says when to ask: polling costs no
+//! system call.
+//!
+//! What needs no waiting is quicker without a ring: data in the page cache is read by a preadv2 that must not block, and
+//! a small write goes into the page cache by pwritev2, which io_uring would hand to a worker thread.
 
 use std::io;
 use std::os::fd::AsRawFd;
 use std::sync::Arc;
+use std::time::Duration;
 
-use io_uring::types::{Fd, FsyncFlags};
+use io_uring::types::{Fd, Fixed, FsyncFlags};
 use io_uring::{IoUring, cqueue, opcode, squeue};
+use tracing::warn;
 
-use super::{Backend, Completion, Op, Transfer, Wakers};
+use super::{Begun, Completion, Op, Transfer, Wakers, calls};
 use crate::image::Image;
 
 // Above all tags.
 const KICK: u64 = 1 << 32;
 const ORDERS: u64 = 2 << 32;
 
+/// Index of the image among the registered files.
+const IMAGE: Fixed = Fixed(0);
+/// Index of the way around O_DIRECT.
+const BUFFERED: Fixed = Fixed(1);
+
+/// Longest write into the page cache that the queue's thread does itself, in bytes.
+const WRITE_HERE_BYTES: usize = 64 * 1024;
+/// How long the host is given to find memory for a system call that failed for lack of it.
+const PAUSE: Duration = Duration::from_millis(10);
+
 /// I/O by io_uring.
-pub(crate) struct UringBackend {
+pub(crate) struct Uring {
     ring: IoUring,
     image: Arc<Image>,
     wakers: Wakers,
-    /// Completions of polls are seen by `wait`, those of transfers kept for `completions`.
-    done: Vec<Completion>,
-    kicks: u64,
+    /// Seen and not yet counted.
+    pub(super) kicks: u64,
+    /// Reads are tried here first, as long as the file system can say that it would have to wait.
+    read_here: bool,
+    write_here: bool,
 }
 
-impl UringBackend {
-    /// A ring with room for `entries` transfers: what the kernel does not know yet is left out.
-    fn build(entries: u32) -> io::Result<IoUring> {
-        let newest =
-            IoUring::builder().setup_clamp().setup_single_issuer().setup_defer_taskrun().build(entries);
-        match newest {
-            Err(e) if e.raw_os_error() == Some(libc::EINVAL) => {
-                IoUring::builder().setup_clamp().build(entries)
+impl Uring {
+    /// For up to `depth` transfers at a time; belongs to the calling thread. With `here`, what needs no waiting is done
+    /// without the ring.
+    pub(super) fn new(image: Arc<Image>, wakers: Wakers, depth: u16, here: bool) -> io::Result<Self> {
+        // One entry per transfer and two for the polls.
+        let ring = build(u32::from(depth) + 2)?;
+        ring.submitter().register_files(&[image.file().as_raw_fd(), image.buffered().as_raw_fd()])?;
+        let cached = here && !image.direct();
+        let mut uring = Self { ring, image, wakers, kicks: 0, read_here: cached, write_here: cached };
+        uring.watch(KICK)?;
+        uring.watch(ORDERS)?;
+        // A kernel that has rings may still forbid operations: find out now.
+        uring.ring.submit()?;
+        // Only what a poll that ended says matters here; signals that are there already come again as edges do not, so
+        // whoever begins looks at the ring and at its orders anyway.
+        let mut refused = None;
+        for entry in uring.ring.completion() {
+            if !cqueue::more(entry.flags()) {
+                refused = Some(io::Error::from_raw_os_error(-entry.result().min(-1)));
             }
-            built => built,
         }
+        refused.map_or(Ok(uring), Err)
     }
 
-    /// Puts an entry into the submission queue.
+    /// Puts an entry into the submission queue; false if there is no room even after handing over what is there.
     ///
     /// # Safety
     ///
@@ -50,7 +80,7 @@ impl UringBackend {
         if unsafe { self.ring.submission().push(entry) }.is_ok() {
             return true;
         }
-        // Full, which the queue's size makes rare: hand over what is there.
+        // Why it fails will be seen when it is tried again.
         let _ = self.ring.submit();
         // SAFETY: as above.
         unsafe { self.ring.submission().push(entry) }.is_ok()
@@ -61,85 +91,143 @@ impl UringBackend {
         let poll = opcode::PollAdd::new(Fd(event.as_raw_fd()), libc::POLLIN as u32).multi(true).build();
         // SAFETY: a poll points to nothing, and `wakers` keeps the descriptor as long as the ring.
         let pushed = unsafe { self.push(&poll.user_data(token)) };
-        if pushed { Ok(()) } else { Err(io::Error::other("the submission queue is full")) }
+        if pushed { Ok(()) } else { Err(io::Error::from_raw_os_error(libc::EBUSY)) }
     }
 
-    /// Takes completions from the ring.
-    fn reap(&mut self) -> io::Result<()> {
-        let (mut watch_kick, mut watch_orders) = (false, false);
-        for entry in self.ring.completion() {
-            let ended = !cqueue::more(entry.flags());
-            match entry.user_data() {
-                KICK => {
-                    self.kicks += 1;
-                    watch_kick |= ended;
-                }
-                ORDERS => watch_orders |= ended,
-                tag => self.done.push((tag as u16, entry.result())),
-            }
+    /// Watches again what the kernel has ceased to watch: it does so when it had to drop a completion, or has no memory.
+    fn watch_again(&mut self, token: u64, result: i32) {
+        if result < 0 {
+            warn!("a poll ended: {}", io::Error::from_raw_os_error(-result));
+            std::thread::sleep(PAUSE);
         }
-        // The kernel ends a multishot poll when it had to drop a completion of it.
-        if watch_kick {
-            self.watch(KICK)?;
+        while let Err(e) = self.watch(token) {
+            warn!("cannot poll again: {e}");
+            std::thread::sleep(PAUSE);
         }
-        if watch_orders {
-            self.watch(ORDERS)?;
-        }
-        Ok(())
-    }
-}
-
-impl Backend for UringBackend {
-    fn new(image: Arc<Image>, wakers: Wakers, depth: u16) -> io::Result<Self> {
-        // One entry per transfer and two for the polls: the queue is never full.
-        let ring = Self::build(u32::from(depth) + 2)?;
-        let mut backend =
-            Self { ring, image, wakers, done: Vec::with_capacity(usize::from(depth)), kicks: 0 };
-        backend.watch(KICK)?;
-        backend.watch(ORDERS)?;
-        // A kernel that has rings may still forbid operations: find out now.
-        backend.ring.submit()?;
-        Ok(backend)
     }
 
-    unsafe fn submit(&mut self, tag: u16, transfer: &Transfer<'_>) {
-        let fd = Fd(self.image.file().as_raw_fd());
+    /// Begins a transfer.
+    ///
+    /// # Safety
+    ///
+    /// As [`super::Backend::begin`].
+    pub(super) unsafe fn begin(&mut self, tag: u16, transfer: &Transfer<'_>) -> Begun {
+        // SAFETY: the caller's promise is ours.
+        if let Some(result) = unsafe { self.try_here(transfer) } {
+            return Begun::Done(result);
+        }
+        let file = if transfer.unaligned { BUFFERED } else { IMAGE };
         let (offset, iovecs) = (transfer.offset, transfer.iovecs);
         let (first, count) = (iovecs.as_ptr(), iovecs.len() as u32);
         let entry = match (transfer.op, iovecs) {
             (Op::Read, [one]) => {
-                opcode::Read::new(fd, one.iov_base.cast(), length(one)).offset(offset).build()
+                opcode::Read::new(file, one.iov_base.cast(), length(one)).offset(offset).build()
             }
-            (Op::Read, _) => opcode::Readv::new(fd, first, count).offset(offset).build(),
+            (Op::Read, _) => opcode::Readv::new(file, first, count).offset(offset).build(),
             (Op::Write, [one]) => {
-                opcode::Write::new(fd, one.iov_base.cast(), length(one)).offset(offset).build()
+                opcode::Write::new(file, one.iov_base.cast(), length(one)).offset(offset).build()
             }
-            (Op::Write, _) => opcode::Writev::new(fd, first, count).offset(offset).build(),
+            (Op::Write, _) => opcode::Writev::new(file, first, count).offset(offset).build(),
             (Op::WriteThrough, _) => {
-                opcode::Writev::new(fd, first, count).offset(offset).rw_flags(libc::RWF_DSYNC).build()
+                opcode::Writev::new(file, first, count).offset(offset).rw_flags(libc::RWF_DSYNC).build()
             }
-            (Op::Sync, _) => opcode::Fsync::new(fd).flags(FsyncFlags::DATASYNC).build(),
+            (Op::Sync, _) => opcode::Fsync::new(file).flags(FsyncFlags::DATASYNC).build(),
         };
         // SAFETY: the caller keeps what the entry points to until the completion is taken, and `image` the file.
-        if !unsafe { self.push(&entry.user_data(u64::from(tag))) } {
-            self.done.push((tag, -libc::EBUSY));
+        if unsafe { self.push(&entry.user_data(u64::from(tag))) } { Begun::Pending } else { Begun::Full }
+    }
+
+    /// Does a transfer at once if it needs no waiting.
+    ///
+    /// # Safety
+    ///
+    /// The memory that the iovecs name is valid.
+    unsafe fn try_here(&mut self, transfer: &Transfer<'_>) -> Option<i32> {
+        match transfer.op {
+            Op::Read if self.read_here => {
+                // SAFETY: the caller's promise is ours.
+                match -unsafe { calls::transfer(&self.image, transfer, libc::RWF_NOWAIT) } {
+                    libc::EAGAIN => None,
+                    libc::EOPNOTSUPP => {
+                        self.read_here = false;
+                        None
+                    }
+                    // An end that is not there, or an error: the ring's word counts.
+                    0.. => None,
+                    moved => Some(-moved),
+                }
+            }
+            Op::Write
+                if self.write_here
+                    && transfer.iovecs.iter().map(|v| v.iov_len).sum::<usize>() <= WRITE_HERE_BYTES =>
+            {
+                // SAFETY: as above.
+                Some(unsafe { calls::transfer(&self.image, transfer, 0) })
+            }
+            Op::Read | Op::Write | Op::WriteThrough | Op::Sync => None,
         }
     }
 
-    fn wait(&mut self) -> io::Result<u64> {
-        let want = usize::from(self.done.is_empty());
+    /// Hands over what was held back, and has completions posted that wait for that.
+    pub(super) fn poll(&mut self) -> io::Result<()> {
+        let queue = self.ring.submission();
+        if queue.is_empty() && !queue.taskrun() && !queue.cq_overflow() {
+            return Ok(());
+        }
+        drop(queue);
+        self.enter(0)
+    }
+
+    /// Hands over what was held back, and waits for whatever comes.
+    pub(super) fn wait(&mut self) -> io::Result<()> {
+        self.enter(1)
+    }
+
+    fn enter(&self, want: usize) -> io::Result<()> {
         match self.ring.submit_and_wait(want) {
-            Ok(_) => {}
-            // Interrupted, or the kernel wants completions taken first.
-            Err(e) if matches!(e.raw_os_error(), Some(libc::EINTR | libc::EBUSY | libc::EAGAIN)) => {}
-            Err(e) => return Err(e),
+            Ok(_) => Ok(()),
+            Err(e) => match e.raw_os_error() {
+                // Interrupted, or the kernel wants completions taken first.
+                Some(libc::EINTR | libc::EBUSY) => Ok(()),
+                // Nothing is lost: what was not taken stays in the submission queue.
+                Some(libc::EAGAIN | libc::ENOMEM) => {
+                    std::thread::sleep(PAUSE);
+                    Ok(())
+                }
+                _ => Err(e),
+            },
         }
-        self.reap()?;
-        Ok(std::mem::take(&mut self.kicks))
     }
 
-    fn completions(&mut self, done: &mut Vec<Completion>) {
-        done.append(&mut self.done);
+    /// The next completion of a transfer.
+    pub(super) fn completion(&mut self) -> Option<Completion> {
+        loop {
+            let entry = self.ring.completion().next()?;
+            let ended = !cqueue::more(entry.flags());
+            match entry.user_data() {
+                token @ (KICK | ORDERS) => {
+                    self.kicks += u64::from(token == KICK && entry.result() > 0);
+                    if ended {
+                        self.watch_again(token, entry.result());
+                    }
+                }
+                tag => return Some((tag as u16, entry.result())),
+            }
+        }
+    }
+}
+
+/// A ring with room for `entries` transfers: what the kernel does not know yet is left out.
+fn build(entries: u32) -> io::Result<IoUring> {
+    let newest = IoUring::builder()
+        .setup_clamp()
+        .setup_single_issuer()
+        .setup_defer_taskrun()
+        .setup_taskrun_flag()
+        .build(entries);
+    match newest {
+        Err(e) if e.raw_os_error() == Some(libc::EINVAL) => IoUring::builder().setup_clamp().build(entries),
+        built => built,
     }
 }
 

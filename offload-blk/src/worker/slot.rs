@@ -2,8 +2,8 @@
 
 use offload_card::Chain;
 
-use super::bounce::Buffer;
-use crate::io::Op;
+use crate::image::Geometry;
+use crate::io::{Op, Transfer};
 use crate::request::HEADER_BYTES;
 
 /// Most iovecs a system call takes (IOV_MAX).
@@ -13,6 +13,10 @@ const MAX_IOVECS: usize = 1024;
 #[derive(Debug)]
 pub(super) struct Slot {
     pub(super) chain: Chain,
+    /// It holds a request.
+    pub(super) active: bool,
+    /// How often the host has put the next transfer off.
+    pub(super) retries: u8,
     op: Op,
     offset: u64,
     length: u32,
@@ -21,18 +25,20 @@ pub(super) struct Slot {
     /// The data's memory. Those before `first` are done with, and `first` begins where the next byte goes.
     iovecs: Vec<libc::iovec>,
     first: usize,
-    /// The guest's buffers are not aligned as O_DIRECT wants: go through `bounce`.
+    /// The next transfer is not aligned as O_DIRECT wants.
     unaligned: bool,
-    pub(super) bounce: Option<Buffer>,
-    bounce_iovec: libc::iovec,
 }
 
-const NOWHERE: libc::iovec = libc::iovec { iov_base: std::ptr::null_mut(), iov_len: 0 };
+// SAFETY: `iovecs` are addresses in guest memory that `chain`, which goes with them, keeps mapped; any thread may use
+// them.
+unsafe impl Send for Slot {}
 
 impl Default for Slot {
     fn default() -> Self {
         Self {
             chain: Chain::new(),
+            active: false,
+            retries: 0,
             op: Op::Sync,
             offset: 0,
             length: 0,
@@ -40,16 +46,14 @@ impl Default for Slot {
             iovecs: Vec::new(),
             first: 0,
             unaligned: false,
-            bounce: None,
-            bounce_iovec: NOWHERE,
         }
     }
 }
 
 impl Slot {
-    /// Takes a new request: `length` bytes at `offset`, with the chain that is there. Memory that is not aligned to
-    /// `alignment` bytes is gone around.
-    pub(super) fn begin(&mut self, op: Op, offset: u64, length: u32, alignment: u32) {
+    /// Takes a new request: `length` bytes at `offset`, with the chain that is there.
+    pub(super) fn begin(&mut self, op: Op, offset: u64, length: u32, geometry: &Geometry) {
+        (self.active, self.retries) = (true, 0);
         (self.op, self.offset, self.length, self.moved, self.first) = (op, offset, length, 0, 0);
         self.iovecs.clear();
         let (segments, mut skip) = match op {
@@ -69,8 +73,19 @@ impl Slot {
                 self.iovecs.push(iovec);
             }
         }
-        let mask = alignment as usize - 1;
-        self.unaligned = self.iovecs.iter().any(|v| (v.iov_base as usize | v.iov_len) & mask != 0);
+        self.align(geometry);
+    }
+
+    /// Finds out whether what is left can go around the page cache: before Linux 6.18 every piece must be whole blocks.
+    fn align(&mut self, geometry: &Geometry) {
+        if geometry.memory_alignment == 1 {
+            return;
+        }
+        let (memory, block) = (geometry.memory_alignment as usize - 1, geometry.logical_block as usize - 1);
+        self.unaligned = self.next_offset() & block as u64 != 0
+            || self.iovecs[self.first..]
+                .iter()
+                .any(|v| v.iov_base as usize & memory != 0 || v.iov_len & block != 0);
     }
 
     pub(super) fn op(&self) -> Op {
@@ -81,48 +96,31 @@ impl Slot {
         self.length
     }
 
+    /// Bytes moved so far.
+    pub(super) fn moved(&self) -> u32 {
+        self.moved
+    }
+
     /// Where in the image the next transfer begins.
     pub(super) fn next_offset(&self) -> u64 {
         self.offset + u64::from(self.moved)
     }
 
-    /// The memory of the next transfer.
-    pub(super) fn next_iovecs(&self) -> &[libc::iovec] {
-        if self.unaligned {
-            return std::slice::from_ref(&self.bounce_iovec);
-        }
+    /// The next transfer.
+    pub(super) fn transfer(&self) -> Transfer<'_> {
         let rest = &self.iovecs[self.first..];
-        &rest[..rest.len().min(MAX_IOVECS)]
-    }
-
-    pub(super) fn needs_bounce(&self) -> bool {
-        self.unaligned
-    }
-
-    /// Takes a buffer for the next transfer, and fills it if that is a write.
-    pub(super) fn fill_bounce(&mut self, mut buffer: Buffer) {
-        let length = buffer.len().min((self.length - self.moved) as usize);
-        if self.op != Op::Read {
-            for (at, piece) in buffer.pieces(length) {
-                self.chain.read_at(HEADER_BYTES + self.moved as usize + at, piece);
-            }
-        }
-        self.bounce_iovec = libc::iovec { iov_base: buffer.as_mut_ptr().cast(), iov_len: length };
-        self.bounce = Some(buffer);
+        let iovecs = &rest[..rest.len().min(MAX_IOVECS)];
+        Transfer { op: self.op, offset: self.next_offset(), iovecs, unaligned: self.unaligned }
     }
 
     /// `moved` bytes more have been moved. True if that was all.
-    pub(super) fn advance(&mut self, moved: u32) -> bool {
-        if self.op == Op::Read
-            && self.unaligned
-            && let Some(buffer) = &mut self.bounce
-        {
-            for (at, piece) in buffer.pieces(moved as usize) {
-                self.chain.write_at(self.moved as usize + at, piece);
-            }
-        }
+    pub(super) fn advance(&mut self, moved: u32, geometry: &Geometry) -> bool {
+        self.retries = 0;
         // The kernel moves no more than it was asked for.
         self.moved = self.moved.saturating_add(moved).min(self.length);
+        if self.moved == self.length {
+            return true;
+        }
         let mut left = moved as usize;
         while let Some(iovec) = self.iovecs.get_mut(self.first).filter(|_| left > 0) {
             let part = left.min(iovec.iov_len);
@@ -131,13 +129,71 @@ impl Slot {
             left -= part;
             self.first += usize::from(iovec.iov_len == 0);
         }
-        self.moved == self.length
+        self.align(geometry);
+        false
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use offload_card::ring::FEATURES;
+    use offload_card::testing::{Buffer, DriverQueue, TestGuest};
+
+    use super::*;
+
+    /// A write of `buffers` at `offset`, behind a header; memory is as aligned as in the guest up to a page.
+    fn slot(buffers: &[(u64, u32)], offset: u64, geometry: &Geometry) -> Slot {
+        let guest = TestGuest::new(1 << 20);
+        let mut driver = DriverQueue::new(&guest, 0, 16, FEATURES);
+        let mut chain = vec![Buffer::readable(0x4_0000, HEADER_BYTES as u32)];
+        chain.extend(buffers.iter().map(|(address, length)| Buffer::readable(*address, *length)));
+        chain.push(Buffer::writable(0x4_1000, 1));
+        driver.add(&chain).unwrap();
+        let (mut ring, _) = driver.ring(None).unwrap();
+        let mut slot = Slot::default();
+        assert!(ring.pop(&mut slot.chain).unwrap());
+        let length = buffers.iter().map(|(_, length)| length).sum();
+        slot.begin(Op::Write, offset, length, geometry);
+        slot
     }
 
-    /// The request is over; gives its buffer back.
-    pub(super) fn end(&mut self) -> Option<Buffer> {
-        (self.op, self.length, self.unaligned) = (Op::Sync, 0, false);
-        self.bounce_iovec = NOWHERE;
-        self.bounce.take()
+    const BLOCKS: Geometry = Geometry {
+        size_bytes: 1 << 30,
+        logical_block: 4096,
+        physical_block: 4096,
+        block_device: true,
+        memory_alignment: 512,
+    };
+
+    #[test]
+    fn what_is_not_whole_blocks_goes_by_the_page_cache() {
+        let unaligned = |buffers: &[(u64, u32)], offset| slot(buffers, offset, &BLOCKS).transfer().unaligned;
+        assert!(!unaligned(&[(0x5_0000, 4096)], 0));
+        assert!(!unaligned(&[(0x5_0200, 4096), (0x6_0000, 8192)], 8192));
+        // A sector is less than a block, and so is where it is.
+        assert!(unaligned(&[(0x5_0000, 512)], 0));
+        assert!(unaligned(&[(0x5_0000, 4096)], 512));
+        // Blocks in all, but not in each piece; and memory.
+        assert!(unaligned(&[(0x5_0000, 512), (0x6_0000, 3584)], 0));
+        assert!(unaligned(&[(0x5_0100, 4096)], 0));
+        let cached = Geometry { memory_alignment: 1, ..BLOCKS };
+        assert!(!slot(&[(0x5_0001, 511)], 512, &cached).transfer().unaligned);
+    }
+
+    #[test]
+    fn a_transfer_that_stops_short_of_a_block_goes_on_by_the_page_cache() {
+        let mut slot = slot(&[(0x5_0000, 4096), (0x6_0000, 4096)], 0, &BLOCKS);
+        assert!(!slot.advance(4096, &BLOCKS));
+        assert_eq!(
+            (slot.transfer().unaligned, slot.transfer().offset, slot.transfer().iovecs.len()),
+            (false, 4096, 1)
+        );
+        assert!(!slot.advance(1024, &BLOCKS));
+        assert_eq!(
+            (slot.transfer().unaligned, slot.transfer().offset, slot.transfer().iovecs[0].iov_len),
+            (true, 5120, 3072)
+        );
+        assert!(slot.advance(3072, &BLOCKS));
+        assert_eq!(slot.moved(), 8192);
     }
 }

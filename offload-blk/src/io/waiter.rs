@@ -1,0 +1,34 @@
+//! Waiting for kicks and orders, when nothing else can come.
+
+use std::io;
+
+use offload_card::poll::Poller;
+
+use super::Wakers;
+
+const KICK: u64 = 0;
+const ORDERS: u64 = 1;
+
+/// Waits for kicks and orders.
+#[derive(Debug)]
+pub(crate) struct Waiter {
+    poller: Poller,
+    /// Seen and not yet counted.
+    pub(super) kicks: u64,
+    /// Keeps what the poller watches open.
+    _wakers: Wakers,
+}
+
+impl Waiter {
+    pub(super) fn new(wakers: Wakers) -> io::Result<Self> {
+        let poller = Poller::new()?;
+        poller.add_edge(&wakers.kick, KICK)?;
+        poller.add_edge(&wakers.orders, ORDERS)?;
+        Ok(Self { poller, kicks: 0, _wakers: wakers })
+    }
+
+    pub(super) fn wait(&mut self) -> io::Result<()> {
+        self.kicks += self.poller.wait(None)?.filter(|token| *token == KICK).count() as u64;
+        Ok(())
+    }
+}

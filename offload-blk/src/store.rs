@@ -1,0 +1,58 @@
+//! What a disk stores on.
+
+use std::sync::Arc;
+
+use proto::error::Error;
+
+use crate::image::{Geometry, Image, SECTOR_BYTES};
+
+/// What a disk stores on.
+#[derive(Debug, Clone)]
+pub enum Store {
+    /// A file or a block device.
+    Image(Arc<Image>),
+    /// Nothing, for benchmarks: a write is dropped, and a read leaves in the guest's buffer what it held. What remains is
+    /// the cost of the queues.
+    Null(NullStore),
+}
+
+/// A disk without storage.
+#[derive(Debug, Clone, Copy)]
+pub struct NullStore {
+    geometry: Geometry,
+    read_only: bool,
+}
+
+impl Store {
+    /// A disk of `size_bytes`, a multiple of 512 and not 0, without storage.
+    pub fn null(size_bytes: u64, read_only: bool) -> Result<Self, Error> {
+        if size_bytes == 0 || !size_bytes.is_multiple_of(SECTOR_BYTES) {
+            let message = format!("{size_bytes} bytes are not a positive multiple of {SECTOR_BYTES}");
+            return Err(Error::invalid_field("null_bytes", message));
+        }
+        let geometry = Geometry {
+            size_bytes,
+            logical_block: SECTOR_BYTES as u32,
+            physical_block: 4096,
+            block_device: false,
+            memory_alignment: 1,
+        };
+        Ok(Self::Null(NullStore { geometry, read_only }))
+    }
+
+    /// What it looks like.
+    pub fn geometry(&self) -> &Geometry {
+        match self {
+            Self::Image(image) => image.geometry(),
+            Self::Null(null) => &null.geometry,
+        }
+    }
+
+    /// Nothing can be written.
+    pub fn read_only(&self) -> bool {
+        match self {
+            Self::Image(image) => image.read_only(),
+            Self::Null(null) => null.read_only,
+        }
+    }
+}

@@ -1,0 +1,292 @@
+//! The engine without a card around it: in threads, and inline.
+
+mod common;
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use common::{DRIVER, Guest, PATIENCE, T_FLUSH, T_GET_ID, T_IN, T_OUT, pattern};
+use offload_blk::{BlockDevice, DiskConfig, Image, Inline, IoEngine, QueueHost, Store, Threads};
+use offload_card::poll::{PollMode, PollPolicy};
+use offload_card::ring::{FEATURES, QueueShared};
+use offload_card::testing::{Buffer, Front};
+use offload_card::{Device, RingState};
+use vm_memory::{Bytes, GuestAddress};
+
+const OK: u8 = 0;
+const IOERR: u8 = 1;
+
+fn disk(store: Store, host: Arc<dyn QueueHost>, mode: PollMode, queue_size: u16) -> BlockDevice {
+    BlockDevice::new(DiskConfig {
+        name: "disk".into(),
+        store,
+        queues: 1,
+        queue_size,
+        serial: "serial".into(),
+        engine: IoEngine::Auto,
+        poll: PollPolicy { mode, ..Default::default() },
+        host,
+        mode_file: None,
+    })
+    .unwrap()
+}
+
+fn null() -> Store {
+    Store::null(1 << 30, false).unwrap()
+}
+
+fn file(size: u64) -> (tempfile::NamedTempFile, Store) {
+    let file = tempfile::NamedTempFile::new_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+    file.as_file().set_len(size).unwrap();
+    let image = Image::open(file.path().to_str().unwrap(), false, false).unwrap();
+    (file, Store::Image(Arc::new(image)))
+}
+
+fn start(disk: &BlockDevice, guest: &Guest) -> Arc<QueueShared> {
+    let (ring, shared) = guest.queues[0].ring(None).unwrap();
+    disk.start_queue(ring).unwrap();
+    shared
+}
+
+fn stop(disk: &BlockDevice) -> RingState {
+    disk.stop_queue(0, Instant::now() + PATIENCE).unwrap().expect("it was started")
+}
+
+/// As a VMM without threads for I/O: the guest's notification is a call.
+#[test]
+fn inline_requests_are_answered_when_the_notification_returns() {
+    let (_file, store) = file(1 << 20);
+    for (store, keeps) in [(store, true), (null(), false)] {
+        let inline = Arc::new(Inline::new(1));
+        let disk = disk(store, inline.clone(), PollMode::Never, 256);
+        let mut guest = Guest::new(1, 64, DRIVER);
+        let shared = start(&disk, &guest);
+        let data = pattern(8, 3, 4096);
+        guest.set_data(0, &data);
+        guest.begin(0, 0, T_OUT, 8, 4096);
+        assert!(guest.queues[0].take_used().is_none(), "nobody has been notified");
+        inline.notify(0);
+        assert_eq!((guest.queues[0].take_used().unwrap().1, guest.status(0)), (1, OK));
+        guest.set_data(0, &[0x55; 4096]);
+        guest.queues[0].kick.take();
+        for slot in 0..16 {
+            guest.begin(0, slot, T_IN, 8, 4096);
+        }
+        guest.begin(0, 16, T_FLUSH, 0, 0);
+        assert!(guest.queues[0].kick.take() > 0, "the driver does not know that it is to notify");
+        inline.notify(0);
+        for slot in 0..17 {
+            assert_eq!((guest.queues[0].take_used().is_some(), guest.status(slot)), (true, OK));
+        }
+        // A null disk does not touch the guest's buffer.
+        assert!(guest.data(0, 4096) == if keeps { data } else { vec![0x55; 4096] });
+        assert_eq!((shared.counters.requests.get(), shared.counters.sleeps.get()), (18, 0));
+        assert_eq!(shared.counters.bytes_in.get(), 16 * 4096);
+        // One for the write, and 17 answers in steps of 8.
+        if !keeps {
+            assert_eq!(shared.counters.batches.get(), 4);
+        }
+        assert_eq!(stop(&disk).next_avail, 18);
+        assert_eq!(disk.stop_queue(0, Instant::now()).unwrap(), None);
+        // It starts again where it was.
+        start(&disk, &guest);
+        guest.begin(0, 0, T_GET_ID, 0, 20);
+        inline.notify(0);
+        assert_eq!((guest.queues[0].take_used().unwrap().1, guest.status(0)), (21, OK));
+        stop(&disk);
+    }
+}
+
+/// A queue that always polls asks for no kicks, needs none, never sleeps, and stops when told to.
+#[test]
+fn an_always_polling_queue_needs_no_kick() {
+    for features in [DRIVER, DRIVER & !(1 << 29)] {
+        let disk = disk(null(), Arc::new(Threads), PollMode::Always, 256);
+        let mut guest = Guest::new(1, 64, features);
+        let shared = start(&disk, &guest);
+        for _ in 0..100 {
+            let (header, status, _) = guest.write_header(0, T_IN, 0);
+            let queue = &mut guest.queues[0];
+            queue.add(&[Buffer::readable(header, 16), Buffer::writable(status, 1)]).unwrap();
+            assert!(queue.wait_used(PATIENCE).is_some());
+        }
+        assert!(!guest.queues[0].kick_wanted());
+        assert_eq!((shared.counters.kicks.get(), shared.counters.sleeps.get()), (0, 0));
+        assert!(shared.counters.poll_hits.get() > 0);
+        assert_eq!(stop(&disk).next_avail, 100);
+    }
+}
+
+/// Whatever the mode, a queue without work ends up asleep, wakes for a kick, and does no more than that.
+#[test]
+fn an_idle_queue_sleeps() {
+    for mode in [PollMode::Never, PollMode::Adaptive] {
+        let (_file, store) = file(1 << 20);
+        for store in [null(), store] {
+            let disk = disk(store, Arc::new(Threads), mode, 256);
+            let mut guest = Guest::new(1, 64, DRIVER);
+            let shared = start(&disk, &guest);
+            let asleep = |sleeps: u64| {
+                let since = Instant::now();
+                while shared.counters.sleeps.get() < sleeps {
+                    assert!(since.elapsed() < PATIENCE, "it does not sleep");
+                    std::thread::sleep(Duration::from_millis(1));
+                }
+            };
+            asleep(1);
+            for _ in 0..3 {
+                let before = shared.counters.sleeps.get();
+                assert_eq!(guest.run(0, T_IN, 0, 4096), OK);
+                asleep(before + 1);
+            }
+            let before = shared.counters.sleeps.get();
+            std::thread::sleep(Duration::from_millis(50));
+            assert_eq!(shared.counters.sleeps.get(), before, "it wakes for nothing");
+            assert!(shared.counters.kicks.get() >= 1);
+            stop(&disk);
+        }
+    }
+}
+
+/// The longest request there may be is one; a longer one is refused, not the end of the queue.
+#[test]
+fn a_request_has_as_many_segments_as_promised() {
+    let (_file, store) = file(2 << 20);
+    for (size, indirect) in [(1024, false), (1024, true), (16, true)] {
+        let disk = disk(store.clone(), Arc::new(Threads), PollMode::Never, size);
+        let mut seg_max = [0; 4];
+        disk.read_config(12, &mut seg_max);
+        let seg_max = u64::from(u32::from_le_bytes(seg_max));
+        assert_eq!(seg_max, u64::from(size) - 2);
+        let mut guest = Guest::new(1, size, DRIVER);
+        let shared = start(&disk, &guest);
+        let mut run = |segments: u64, kind: u32| {
+            let (header, status, data) = guest.write_header(0, kind, 0);
+            let mut buffers = vec![Buffer::readable(header, 16)];
+            // The last takes what is missing to whole sectors, so that its neighbours cannot be merged with it.
+            let total = segments.next_multiple_of(512);
+            let part = |i: u64| if i + 1 == segments { total - (segments - 1) } else { 1 };
+            let writable = kind == T_IN;
+            buffers.extend((0..segments).map(|i| Buffer {
+                address: data + i,
+                length: part(i) as u32,
+                writable,
+            }));
+            buffers.push(Buffer::writable(status, 1));
+            let queue = &mut guest.queues[0];
+            let added = if indirect { queue.add_indirect(0x10_0000, &buffers) } else { queue.add(&buffers) };
+            added.expect("room");
+            queue.kick();
+            queue.wait_used(PATIENCE).expect("an answer");
+            guest.status(0)
+        };
+        assert_eq!((run(seg_max, T_OUT), run(seg_max, T_IN)), (OK, OK), "{size} {indirect}");
+        if size == 16 {
+            assert_eq!((run(seg_max + 1, T_IN), run(1000, T_OUT)), (IOERR, IOERR));
+            assert_eq!(run(seg_max, T_IN), OK);
+        }
+        assert_eq!(shared.broken(), None);
+        stop(&disk);
+    }
+}
+
+/// What the used ring promises to be written is written.
+#[test]
+fn used_lengths_are_what_was_written_without_a_gap() {
+    let (image, store) = file(1 << 20);
+    let disk = disk(store, Arc::new(Threads), PollMode::Never, 256);
+    let mut guest = Guest::new(1, 64, DRIVER);
+    start(&disk, &guest);
+    let mut length = |kind, sector, length| {
+        guest.begin(0, 0, kind, sector, length);
+        guest.queues[0].wait_used(PATIENCE).expect("an answer").1
+    };
+    assert_eq!((length(T_IN, 0, 512), length(T_OUT, 0, 512), length(T_FLUSH, 0, 0)), (513, 1, 1));
+    // The status is behind what was not written.
+    assert_eq!((length(T_IN, 1 << 30, 512), length(99, 0, 512), length(99, 0, 0)), (0, 0, 1));
+    assert_eq!((length(T_GET_ID, 0, 20), length(T_GET_ID, 0, 64), length(T_GET_ID, 0, 4)), (21, 20, 5));
+    // Half of it is there.
+    image.as_file().set_len(512).unwrap();
+    assert_eq!(length(T_IN, 0, 1024), 512);
+    stop(&disk);
+}
+
+#[test]
+fn a_disk_that_cannot_be_is_refused() {
+    for (queues, queue_size) in [(0, 256), (1, 0), (1, 2), (1, 3), (1, 2048)] {
+        let config = DiskConfig {
+            name: "disk".into(),
+            store: null(),
+            queues,
+            queue_size,
+            serial: String::new(),
+            engine: IoEngine::Auto,
+            poll: PollPolicy::default(),
+            host: Arc::new(Threads),
+            mode_file: None,
+        };
+        assert!(BlockDevice::new(config).is_err(), "{queues} queues of {queue_size}");
+    }
+    assert!(Store::null(0, false).is_err() && Store::null(1000, false).is_err());
+}
+
+/// A card without storage: the API's way to it.
+#[test]
+fn a_null_disk_is_made_over_the_api() {
+    use proto::v1::{BlockDeviceSpec, ErrorReason, PollMode as Mode};
+    let dir = tempfile::tempdir().unwrap();
+    let card = common::Card::start(dir.path(), &["--poll", "never", "--poll-max-us", "7"]);
+    let null = BlockDeviceSpec { null_bytes: 1 << 30, poll: Mode::Always.into(), ..Default::default() };
+    for bad in [
+        BlockDeviceSpec { path: "/dev/null".into(), ..null.clone() },
+        BlockDeviceSpec { null_bytes: 1000, ..null.clone() },
+        BlockDeviceSpec { direct: true, ..null.clone() },
+        BlockDeviceSpec { poll: 99, ..null.clone() },
+        BlockDeviceSpec { poll_max_us: 1_000_001, ..null.clone() },
+    ] {
+        assert_eq!(card.create(&common::spec("d", bad)).unwrap_err().reason(), ErrorReason::InvalidField);
+    }
+    let device = card.create(&common::spec("d", null)).unwrap();
+    let mut front = Front::connect_within(std::path::Path::new(&device.socket_path), PATIENCE);
+    assert_eq!(front.config(0, 8), (2u64 << 20).to_le_bytes());
+    let mut guest = Guest::new(1, 64, FEATURES | 1 << 9);
+    guest.connect(&mut front);
+    assert_eq!(guest.run(0, T_IN, (2 << 20) - 8, 4096), OK);
+    assert_eq!(guest.run(0, T_IN, (2 << 20) - 7, 4096), IOERR);
+    let queue = &card.stats("d").unwrap().queues[0];
+    assert_eq!((queue.requests, queue.batches, queue.sleeps), (2, 2, 0));
+    assert!(queue.poll_hits > 0);
+    let written: u8 = guest.memory.memory.read_obj(GuestAddress(0x20_0100)).unwrap();
+    assert_eq!(written, IOERR);
+}
+
+/// A host that cannot serve a queue now can later: nothing is broken for the guest.
+#[test]
+fn a_queue_that_the_host_cannot_start_starts_when_it_can() {
+    use std::sync::atomic::{AtomicBool, Ordering};
+
+    use offload_blk::QueueStart;
+    use proto::error::Error;
+    use proto::v1::ErrorReason;
+
+    #[derive(Debug, Default)]
+    struct Full(AtomicBool);
+    impl QueueHost for Full {
+        fn serve(&self, queue: QueueStart) -> Result<(), Error> {
+            if self.0.load(Ordering::Relaxed) {
+                return Threads.serve(queue);
+            }
+            Err(Error::new(tonic::Code::Internal, ErrorReason::Host, "no threads"))
+        }
+    }
+    let host = Arc::new(Full::default());
+    let disk = disk(null(), host.clone(), PollMode::Never, 256);
+    let mut guest = Guest::new(1, 64, DRIVER);
+    let (ring, shared) = guest.queues[0].ring(None).unwrap();
+    assert_eq!(disk.start_queue(ring).unwrap_err().reason(), ErrorReason::Host);
+    assert_eq!((shared.broken(), disk.stop_queue(0, Instant::now())), (None, Ok(None)));
+    host.0.store(true, Ordering::Relaxed);
+    start(&disk, &guest);
+    assert_eq!(guest.run(0, T_IN, 0, 4096), OK);
+    stop(&disk);
+}
