@@ -159,9 +159,6 @@ controller_answers() { outboard vm ls >/dev/null 2>&1; }
 
 network_exists() { outboard network ls --output json | grep -q "\"$network\""; }
 
-# other_vms: the number of VMs that are not quickstart's, running or not.
-other_vms() { outboard vm ls --output json | grep '"name"' | grep -vc "\"$vm\"" || true; }
-
 # running_vms: the number of hypervisors, for when the controller cannot be asked.
 running_vms() { find /proc -maxdepth 2 -name exe -lname '*/outboard-hypervisor*' 2>/dev/null | wc -l; }
 
@@ -188,19 +185,25 @@ stop_background() {
   done
 }
 
-# remove_vm: the VM, its network and its disk.
+# ask: what the controller knows, into $vms and $networks. Fails if it does not answer. What is removed is decided by this
+# one answer: a controller that dies meanwhile must not look like one that knows nothing.
+ask() { vms=$(outboard vm ls --output json 2>/dev/null) && networks=$(outboard network ls --output json 2>/dev/null); }
+
+# remove_vm: the VM, its network and its disk, after `ask`.
 remove_vm() {
-  ! vm_exists || outboard vm rm "$vm" --force >&2
-  ! network_exists || outboard network rm "$network" >&2
+  if grep -q "\"name\": *\"$vm\"" <<<"$vms"; then
+    outboard vm rm "$vm" --force >&2 || die "the VM $vm could not be removed, so its disk stays"
+  fi
   rm -f "$disks/$vm.img" "$disks/$vm.img.new"
+  ! grep -q "\"id\": *\"$network\"" <<<"$networks" || outboard network rm "$network" >&2 || warn "the network $network stays"
 }
 
 quickstart_down() {
-  local others purge=()
+  local vms networks others purge=()
   [[ -n $from ]] || from=$top/target/release
-  if controller_answers; then
+  if ask; then
     remove_vm
-    others=$(other_vms)
+    others=$(grep '"name"' <<<"$vms" | grep -vc "\"$vm\"") || true
     if ((others > 0)); then
       # Their kernel may be quickstart's.
       warn "the services and $images stay: $others other VM(s) may use them"
@@ -210,7 +213,7 @@ quickstart_down() {
     fi
     rm -f "$images"/debian-{vmlinuz,initrd.img}
     # Only now is it known that nobody's record, disk or kernel would go.
-    [[ -n $(others_files) || $(outboard network ls --output json) == *'"id"'* ]] || purge=(--purge)
+    if [[ -z $(others_files) ]] && ask && ! grep -qE '"(id|name)"' <<<"$vms$networks"; then purge=(--purge); fi
   else
     # Nobody tells whose they are.
     others=$(running_vms)
@@ -279,7 +282,14 @@ ended() {
 
 # clean_up_check: what this run made goes; services that were there before stay.
 clean_up_check() {
-  if [[ -n $found_services ]]; then remove_vm && rm -rf "$run"; else quickstart_down; fi
+  local vms networks
+  if [[ -z $found_services ]]; then
+    quickstart_down
+  else
+    ask || die "the controller does not answer any more: the VM $vm and $disks/$vm.img stay"
+    remove_vm
+    rm -rf "$run"
+  fi
 }
 
 quickstart_check() {
