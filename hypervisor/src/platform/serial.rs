@@ -61,9 +61,14 @@ impl SerialPort {
     }
 }
 
+/// Offset of the modem control register, and its bit for loopback.
+const MODEM_CONTROL: u8 = 4;
+const LOOPBACK: u8 = 1 << 4;
+
 fn refill(uart: &mut Serial<Interrupt, NoEvents, ToConsole>, console: &Console) {
     let room = uart.fifo_capacity();
-    if room == 0 {
+    // In loopback nothing comes in from outside: it waits in the console until that ends.
+    if room == 0 || uart.read(MODEM_CONTROL) & LOOPBACK != 0 {
         return;
     }
     let bytes = console.take_input(room);
@@ -94,6 +99,9 @@ impl BusDevice for SerialPort {
         for (i, &byte) in data.iter().enumerate() {
             // Only the interrupt can fail, and that the guest will poll for.
             let _ = uart.write(((offset + i as u64) & 7) as u8, byte);
+            if offset + i as u64 == u64::from(MODEM_CONTROL) {
+                refill(&mut uart, &self.console);
+            }
         }
         Exit::IoSerial
     }
@@ -146,6 +154,18 @@ mod tests {
             seen.push(read(&port, DATA));
         }
         assert_eq!(seen, typed);
+    }
+
+    #[test]
+    fn what_is_typed_during_loopback_arrives_after_it() {
+        let (console, port, _) = port();
+        port.write(u64::from(MODEM_CONTROL), &[LOOPBACK]);
+        assert_eq!(console.type_in(b"ab"), 2);
+        port.write(DATA, b"x");
+        assert_eq!(read(&port, DATA), b'x');
+        assert_eq!(read(&port, LINE_STATUS) & 1, 0);
+        port.write(u64::from(MODEM_CONTROL), &[0]);
+        assert_eq!((read(&port, DATA), read(&port, DATA)), (b'a', b'b'));
     }
 
     #[test]
