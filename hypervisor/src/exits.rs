@@ -26,14 +26,12 @@ pub enum Exit {
     MmioSlotDevice,
     /// virtio-pci ISR status.
     MmioSlotIsr,
-    /// A queue notification that reached this process instead of its eventfd.
+    /// A queue notification that reached this process instead of its eventfd, by the BAR or by the window in configuration space.
     MmioSlotNotify,
     /// MSI-X table and pending bits.
     MmioMsix,
     /// Memory nobody answers.
     MmioUnclaimed,
-    /// `hlt` without an in-kernel irqchip handling it.
-    Hlt,
     /// Triple fault.
     Shutdown,
     /// KVM_EXIT_SYSTEM_EVENT.
@@ -42,13 +40,11 @@ pub enum Exit {
     Interrupted,
     /// KVM_EXIT_INTERNAL_ERROR, KVM_EXIT_FAIL_ENTRY.
     Failure,
-    /// Any other reason.
-    Other,
 }
 
 impl Exit {
     /// Every reason, in the order of the counters.
-    pub const ALL: [Exit; 18] = [
+    pub const ALL: [Exit; 16] = [
         Exit::IoSerial,
         Exit::IoPciConfig,
         Exit::IoReset,
@@ -61,12 +57,10 @@ impl Exit {
         Exit::MmioSlotNotify,
         Exit::MmioMsix,
         Exit::MmioUnclaimed,
-        Exit::Hlt,
         Exit::Shutdown,
         Exit::SystemEvent,
         Exit::Interrupted,
         Exit::Failure,
-        Exit::Other,
     ];
 
     /// The name in `HypervisorStats.userspace_exits`.
@@ -84,16 +78,15 @@ impl Exit {
             Exit::MmioSlotNotify => "mmio:slot-notify",
             Exit::MmioMsix => "mmio:msix",
             Exit::MmioUnclaimed => "mmio:unclaimed",
-            Exit::Hlt => "hlt",
             Exit::Shutdown => "shutdown",
             Exit::SystemEvent => "system-event",
             Exit::Interrupted => "intr",
             Exit::Failure => "failure",
-            Exit::Other => "other",
         }
     }
 
-    /// Whether such an exit means that this process stood in the data path (invariant 1).
+    /// Whether such an exit means that this process stood in the data path (invariant 1): notifications, and the ISR status, which
+    /// a driver without MSI-X reads after each interrupt.
     pub fn is_data_path(self) -> bool {
         matches!(self, Exit::MmioSlotNotify | Exit::MmioSlotIsr)
     }

@@ -25,13 +25,14 @@ pub struct RamRegion {
     pub size: u64,
     /// Offset of its first byte in the memfd.
     pub memfd_offset: u64,
-    /// Address of its first byte in this process. What vhost-user calls the user address.
+    /// Address of its first byte in this process. Devices are not told it: they get user addresses that the slot makes up.
     pub host_address: u64,
 }
 
 /// The RAM of one guest.
 ///
-/// It lives as long as the VM does, through guest resets, so that devices keep their mappings.
+/// It lives through guest resets, so that devices keep their mappings; but for a reset after which a device that was dropped might
+/// still write to it.
 #[derive(Debug)]
 pub struct GuestRam {
     memfd: Arc<File>,

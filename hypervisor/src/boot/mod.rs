@@ -1,6 +1,6 @@
 //! Direct kernel boot: an ELF by the PVH protocol or a bzImage by Linux's 64-bit protocol.
 //!
-//! The files are opened, checked, copied into guest RAM and closed again. They come from the host's user, who may have named
+//! The files are opened, checked, and copied into guest RAM at every boot. They come from the host's user, who may have named
 //! anything: nothing in them is believed before it is checked.
 
 mod bzimage;
@@ -130,54 +130,69 @@ impl Kernel {
     }
 }
 
-/// The opened and checked files of a [`BootSource`].
+/// The opened files of a [`BootSource`]. They stay open for as long as the VM may boot again, so that it boots the same when other
+/// files have been put in their place.
 #[derive(Debug)]
-pub struct BootFiles<'a> {
-    source: &'a BootSource,
-    kernel_file: File,
-    kernel: Kernel,
-    initramfs: Option<(File, u64)>,
+pub struct BootFiles {
+    source: BootSource,
+    kernel: File,
+    initramfs: Option<File>,
 }
 
-impl<'a> BootFiles<'a> {
-    /// Opens the files and checks that the kernel is one.
+/// What is in the files now.
+struct Contents {
+    kernel: Kernel,
+    // Length of the initial RAM disk in bytes; 0 if there is none.
+    initramfs: u64,
+}
+
+impl BootFiles {
+    /// Opens the files.
     ///
     /// # Errors
-    /// `KERNEL_NOT_FOUND`, `KERNEL_INVALID`, `INITRAMFS_NOT_FOUND`, `PERMISSION_DENIED`, each naming the file.
-    pub fn open(source: &'a BootSource) -> Result<Self, Error> {
-        let kernel_file = open(&source.kernel, "kernel", ErrorReason::KernelNotFound, "boot.kernel_path")?;
-        let kernel = Kernel::parse(&kernel_file).map_err(|Invalid(what)| {
-            let path = source.kernel.display();
+    /// `KERNEL_NOT_FOUND`, `INITRAMFS_NOT_FOUND`, `PERMISSION_DENIED`, each naming the file.
+    pub fn open(source: BootSource) -> Result<Self, Error> {
+        let kernel = open(&source.kernel, "kernel", ErrorReason::KernelNotFound, "boot.kernel_path")?;
+        let initramfs = match &source.initramfs {
+            None => None,
+            Some(path) => {
+                Some(open(path, "initramfs", ErrorReason::InitramfsNotFound, "boot.initramfs_path")?)
+            }
+        };
+        Ok(Self { source, kernel, initramfs })
+    }
+
+    /// Looks at the files anew each time: whoever wrote into them since should not get half of the old and half of the new.
+    fn contents(&self) -> Result<Contents, Error> {
+        let kernel = Kernel::parse(&self.kernel).map_err(|Invalid(what)| {
+            let path = self.source.kernel.display();
             Error::new(Code::InvalidArgument, ErrorReason::KernelInvalid, format!("kernel {path} {what}"))
                 .resource(path.to_string())
                 .with("field", "boot.kernel_path")
                 .remedy("give a bzImage (Debian: /boot/vmlinuz-*) or an ELF kernel with a PVH entry point")
         })?;
-        let initramfs = match &source.initramfs {
-            None => None,
-            Some(path) => {
-                let file = open(path, "initramfs", ErrorReason::InitramfsNotFound, "boot.initramfs_path")?;
-                let size = file.metadata().map_err(|e| unreadable(path, "initramfs", &e))?.len();
-                Some((file, size))
-            }
+        let initramfs = match (&self.initramfs, &self.source.initramfs) {
+            (Some(file), Some(path)) => file.size().map_err(|e| unreadable(path, "initramfs", &e))?,
+            _ => 0,
         };
-        Ok(Self { source, kernel_file, kernel, initramfs })
+        Ok(Contents { kernel, initramfs })
     }
 
-    /// Checks that `ram_size` bytes of RAM hold kernel and initial RAM disk.
+    /// Checks that the kernel is one and that `ram_size` bytes of RAM hold it and the initial RAM disk.
     ///
     /// # Errors
-    /// `INVALID_FIELD` for `memory_bytes`, saying how much is needed.
-    pub fn check_fits(&self, ram_size: u64) -> Result<(), Error> {
-        self.place_initramfs(ram_size).map(|_| ())
+    /// `KERNEL_INVALID`; `INVALID_FIELD` for `memory_bytes`, saying how much is needed.
+    pub fn check(&self, ram_size: u64) -> Result<(), Error> {
+        self.contents()?.place_initramfs(ram_size).map(|_| ())
     }
 
     /// Copies the files and the boot data into `ram`, which must be zeroed.
     ///
     /// # Errors
-    /// As [`BootFiles::check_fits`]; `HOST` if a file cannot be read.
-    pub fn load(self, ram: &GuestRam, rsdp: u64) -> Result<Entry, Error> {
-        let initramfs_at = self.place_initramfs(ram.size())?;
+    /// As [`BootFiles::check`]; `HOST` if a file cannot be read.
+    pub fn load(&self, ram: &GuestRam, rsdp: u64) -> Result<Entry, Error> {
+        let contents = self.contents()?;
+        let initramfs_at = contents.place_initramfs(ram.size())?;
         let failed = |e: vm_memory::GuestMemoryError| {
             let path = self.source.kernel.display();
             Error::new(Code::FailedPrecondition, ErrorReason::Host, format!("cannot load {path}: {e}"))
@@ -185,8 +200,9 @@ impl<'a> BootFiles<'a> {
                 .remedy("check that the file is not being changed")
         };
         let mut initramfs = None;
-        if let (Some((file, size)), Some(at)) = (&self.initramfs, initramfs_at) {
-            copy(ram, at, file, 0, *size).map_err(|e| {
+        if let (Some(file), Some(at)) = (&self.initramfs, initramfs_at) {
+            let size = contents.initramfs;
+            copy(ram, at, file, 0, size).map_err(|e| {
                 let path = self.source.initramfs.as_deref().unwrap_or(Path::new(""));
                 unreadable(path, "initramfs", &io::Error::other(e))
             })?;
@@ -194,10 +210,10 @@ impl<'a> BootFiles<'a> {
         }
         let boot = BootData { cmdline: self.source.cmdline.as_bytes(), initramfs, rsdp };
         boot.write_cmdline(ram).map_err(failed)?;
-        match &self.kernel {
+        match &contents.kernel {
             Kernel::Elf(kernel) => {
                 for segment in kernel.segments() {
-                    copy(ram, segment.gpa, &self.kernel_file, segment.file_offset, segment.file_size)
+                    copy(ram, segment.gpa, &self.kernel, segment.file_offset, segment.file_size)
                         .map_err(failed)?;
                 }
                 pvh::write_start_info(ram, &boot).map_err(failed)?;
@@ -205,16 +221,18 @@ impl<'a> BootFiles<'a> {
             }
             Kernel::BzImage(kernel) => {
                 let (offset, size) = kernel.payload();
-                copy(ram, bzimage::LOAD_ADDRESS, &self.kernel_file, offset, size).map_err(failed)?;
+                copy(ram, bzimage::LOAD_ADDRESS, &self.kernel, offset, size).map_err(failed)?;
                 kernel.write_boot_params(ram, &boot).map_err(failed)?;
                 Ok(Entry::Linux64 { rip: bzimage::ENTRY, zero_page: layout::ZERO_PAGE })
             }
         }
     }
+}
 
+impl Contents {
     /// Where the initial RAM disk goes: as high as possible below the PCI hole, page-aligned.
     fn place_initramfs(&self, ram_size: u64) -> Result<Option<u64>, Error> {
-        let size = self.initramfs.as_ref().map_or(0, |(_, size)| *size);
+        let size = self.initramfs;
         let low_end = ram_size.min(layout::PCI_HOLE.start);
         let top = low_end.min(self.kernel.initramfs_max().saturating_add(1));
         let at = top.checked_sub(size).map(|at| at & !0xfff).filter(|&at| at >= self.kernel.end());
@@ -254,6 +272,7 @@ impl BootData<'_> {
 /// Copies `size` bytes of `file` from `offset` to guest-physical address `to`, without a buffer between.
 fn copy(ram: &GuestRam, to: u64, file: &File, offset: u64, size: u64) -> vm_memory::GuestMemoryResult<()> {
     use std::io::{Seek, SeekFrom};
+    // The position is nobody else's: the file was opened here, and machines load one after the other.
     let mut file = file;
     file.seek(SeekFrom::Start(offset)).map_err(vm_memory::GuestMemoryError::IOError)?;
     let size = usize::try_from(size).map_err(|_| vm_memory::GuestMemoryError::InvalidBackendAddress)?;

@@ -110,7 +110,7 @@ fn a_pvh_kernel_is_loaded_with_its_start_info() {
     let initramfs = file(&[7; 5000]);
     let source = source(kernel.path(), Some(initramfs.path()));
     let ram = GuestRam::new(16 << 20).unwrap();
-    let entry = BootFiles::open(&source).unwrap().load(&ram, 0xe_0000).unwrap();
+    let entry = BootFiles::open(source).unwrap().load(&ram, 0xe_0000).unwrap();
     assert_eq!(entry, Entry::Pvh { eip: 0x20_0000, start_info: layout::PVH_START_INFO });
     let mut code = [0; 4];
     ram.memory().read_slice(&mut code, GuestAddress(0x20_0000)).unwrap();
@@ -136,7 +136,7 @@ fn a_bzimage_is_loaded_with_its_zero_page() {
     let initramfs = file(&[7; 100]);
     let source = source(kernel.path(), Some(initramfs.path()));
     let ram = GuestRam::new(64 << 20).unwrap();
-    let entry = BootFiles::open(&source).unwrap().load(&ram, 0xe_0000).unwrap();
+    let entry = BootFiles::open(source).unwrap().load(&ram, 0xe_0000).unwrap();
     assert_eq!(entry, Entry::Linux64 { rip: 0x10_0200, zero_page: layout::ZERO_PAGE });
     assert_eq!(u32_in(&ram, 0x10_0000), 0x9090_9090);
     let page = layout::ZERO_PAGE;
@@ -200,10 +200,10 @@ fn unfit_bzimages_are_refused() {
 fn files_that_are_missing_or_no_files_are_named() {
     let dir = tempfile::tempdir().unwrap();
     let missing = dir.path().join("vmlinuz");
-    let error = BootFiles::open(&source(&missing, None)).unwrap_err();
+    let error = BootFiles::open(source(&missing, None)).unwrap_err();
     assert_eq!(error.reason(), ErrorReason::KernelNotFound);
     assert!(error.to_string().contains(missing.to_str().unwrap()));
-    let error = BootFiles::open(&source(dir.path(), None)).unwrap_err();
+    let error = BootFiles::open(source(dir.path(), None)).unwrap_err();
     assert_eq!(error.reason(), ErrorReason::KernelInvalid);
     assert!(error.to_string().contains("is a directory"));
     // A FIFO without a writer, which a plain open would wait for.
@@ -211,15 +211,37 @@ fn files_that_are_missing_or_no_files_are_named() {
     let name = std::ffi::CString::new(fifo.to_str().unwrap()).unwrap();
     // SAFETY: the name is a C string.
     assert_eq!(unsafe { libc::mkfifo(name.as_ptr(), 0o600) }, 0);
-    let error = BootFiles::open(&source(&fifo, None)).unwrap_err();
+    let error = BootFiles::open(source(&fifo, None)).unwrap_err();
     assert!(error.to_string().contains("not a regular file"), "{error}");
     let kernel = file(&elf(b"code", 0x20_0000));
-    let error = BootFiles::open(&source(kernel.path(), Some(&missing))).unwrap_err();
+    let error = BootFiles::open(source(kernel.path(), Some(&missing))).unwrap_err();
     assert_eq!(error.reason(), ErrorReason::InitramfsNotFound);
     let text = file(b"no kernel");
-    let error = BootFiles::open(&source(text.path(), None)).unwrap_err();
+    let error = BootFiles::open(source(text.path(), None)).unwrap().check(16 << 20).unwrap_err();
     assert_eq!(error.reason(), ErrorReason::KernelInvalid);
     assert!(error.to_string().contains("is a text file"), "{error}");
+}
+
+#[test]
+fn a_vm_boots_again_from_the_files_it_was_given() {
+    let dir = tempfile::tempdir().unwrap();
+    let (kernel, initramfs) = (dir.path().join("kernel"), dir.path().join("initramfs"));
+    std::fs::write(&kernel, elf(b"old!", 0x20_0000)).unwrap();
+    std::fs::write(&initramfs, b"old!").unwrap();
+    let files = BootFiles::open(source(&kernel, Some(&initramfs))).unwrap();
+    files.check(16 << 20).unwrap();
+    let old = u32::from_le_bytes(*b"old!");
+    for round in 0..2 {
+        let ram = GuestRam::new(16 << 20).unwrap();
+        let Entry::Pvh { start_info, .. } = files.load(&ram, 0).unwrap() else { panic!("no PVH kernel") };
+        let module = u64_in(&ram, start_info + 16);
+        assert_eq!((u32_in(&ram, 0x20_0000), u32_in(&ram, u64_in(&ram, module))), (old, old), "{round}");
+        // As package managers replace files.
+        for (path, new) in [(&kernel, &b"no kernel"[..]), (&initramfs, b"new")] {
+            std::fs::remove_file(path).unwrap();
+            std::fs::write(path, new).unwrap();
+        }
+    }
 }
 
 #[test]
@@ -227,9 +249,9 @@ fn too_little_ram_is_said_with_what_is_needed() {
     let kernel = file(&bzimage(&[0; 4096]));
     let initramfs = file(&vec![0; 3 << 20]);
     let source = source(kernel.path(), Some(initramfs.path()));
-    let files = BootFiles::open(&source).unwrap();
-    assert!(files.check_fits(36 << 20).is_ok());
-    let error = files.check_fits(34 << 20).unwrap_err();
+    let files = BootFiles::open(source).unwrap();
+    assert!(files.check(36 << 20).is_ok());
+    let error = files.check(34 << 20).unwrap_err();
     assert_eq!(error.reason(), ErrorReason::InvalidField);
     assert!(error.to_string().contains("at least 36 MiB"), "{error}");
 }
@@ -260,7 +282,7 @@ proptest! {
             let kernel = file(&bytes);
             let source = source(kernel.path(), None);
             let ram = GuestRam::new(16 << 20).unwrap();
-            let _ = BootFiles::open(&source).unwrap().load(&ram, 0);
+            let _ = BootFiles::open(source).unwrap().load(&ram, 0);
         }
     }
 }

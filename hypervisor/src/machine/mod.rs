@@ -92,6 +92,7 @@ struct Configured {
     kvm: Kvm,
     cpuid: CpuidTemplate,
     config: VmConfig,
+    boot: BootFiles,
     ram: Arc<GuestRam>,
     requests: Arc<Requests>,
     // Number of the current life, as vCPU threads see it.
@@ -221,7 +222,8 @@ impl Machine {
         }
         let config = VmConfig::check(given)?;
         // What is likely to be wrong and quickly found comes first.
-        BootFiles::open(&config.boot)?.check_fits(config.memory)?;
+        let boot = BootFiles::open(config.boot.clone())?;
+        boot.check(config.memory)?;
         if let Ok(meminfo) = std::fs::read_to_string("/proc/meminfo") {
             config::check_host_memory(config.memory, &meminfo)?;
         }
@@ -237,27 +239,18 @@ impl Machine {
         vcpu::install_kick_handler().map_err(|e| kvm::failed("installing a signal handler", e))?;
         let cpuid =
             CpuidTemplate::new(&kvm, config.vcpus).map_err(|e| kvm::failed("KVM_GET_SUPPORTED_CPUID", e))?;
-        let ram = GuestRam::new(config.memory).map_err(|e| {
-            Error::new(
-                Code::ResourceExhausted,
-                ErrorReason::NotEnoughMemory,
-                format!("cannot get memory for the guest: {e}"),
-            )
-            .with("field", "memory_bytes")
-            .with("errno", e.raw_os_error().unwrap_or(0).to_string())
-            .remedy("give the VM less memory, or raise the limits of the hypervisor's process")
-        })?;
+        let ram = new_ram(config.memory)?;
         let life_number = Arc::new(AtomicU64::new(0));
         let (outbox, current) = (self.outbox.clone(), Arc::clone(&life_number));
         let requests = Arc::new(Requests::new(move |request| {
             let _ = outbox.send(Message::Guest { life: current.load(Ordering::Acquire), request });
         }));
         let counters: Vec<_> = (0..config.vcpus).map(|_| Arc::new(ExitCounters::default())).collect();
-        let ram = Arc::new(ram);
         let asking = Arc::clone(&requests);
         let windows = pci_windows(config.memory, &cpuid);
         let pci = PciRoot::new(&windows, Box::new(move || asking.make(GuestRequest::Reset)));
         let slots = slots::connect(&config.slots, &ram, &self.status, &self.slot_options)?;
+        slots::check_vectors(&slots)?;
         for slot in &slots {
             pci.plug(Arc::clone(slot) as _).map_err(|e| {
                 Error::invalid_field("slots", e.to_string()).remedy("give the VM fewer slots")
@@ -267,6 +260,7 @@ impl Machine {
             kvm,
             cpuid,
             config,
+            boot,
             ram,
             requests,
             life_number,
@@ -296,6 +290,7 @@ impl Machine {
         let configured = self.configured.as_mut().ok_or_else(not_configured)?;
         let result = configured.begin_life(held, status, outbox);
         if result.is_err() {
+            // It has run on nothing yet, so devices have seen none of its memory.
             configured.end_life();
             let _ = configured.ram.scrub();
         }
@@ -310,8 +305,11 @@ impl Machine {
             _ => return Err(not_booted()),
         };
         let configured = self.configured.as_mut().ok_or_else(not_configured)?;
-        configured.end_life();
+        let quiet = configured.end_life();
         configured.ram.scrub().map_err(|e| kvm::failed("giving the guest's memory back", e))?;
+        if !quiet {
+            configured.replace_memory()?;
+        }
         self.begin_life(held)?;
         self.status.counted_reset(VmReset { reason: reason.into() });
         Ok(())
@@ -378,7 +376,7 @@ impl Configured {
         power::write_reset_vector(ram).map_err(|e| {
             Error::new(Code::Internal, ErrorReason::Internal, format!("cannot write the reset vector: {e}"))
         })?;
-        let entry = BootFiles::open(&self.config.boot)?.load(ram, rsdp)?;
+        let entry = self.boot.load(ram, rsdp)?;
         vcpu::write_boot_tables(ram, entry).map_err(|e| {
             Error::new(Code::Internal, ErrorReason::Internal, format!("cannot write page tables: {e}"))
         })?;
@@ -408,15 +406,41 @@ impl Configured {
         Ok(())
     }
 
-    /// Stops the vCPUs and puts all devices into the state after power-on, those of dead or hung processes too.
-    fn end_life(&mut self) {
+    /// Stops the vCPUs and puts all devices into the state after power-on, those of dead or hung processes too. Says whether no
+    /// device can be writing to the guest's memory any more (see [`Slot::reset`]).
+    fn end_life(&mut self) -> bool {
         self.life = None;
-        slots::for_each(&self.slots, |slot| {
-            slot.reset();
+        let quiet = slots::all(&self.slots, |slot| {
+            let quiet = slot.reset();
             slot.unbind();
+            quiet
         });
         self.pci.reset();
+        quiet
     }
+
+    /// Goes on with new memory, of which devices that were dropped know nothing. There is no life.
+    fn replace_memory(&mut self) -> Result<(), Error> {
+        self.ram = new_ram(self.config.memory)?;
+        for slot in &self.slots {
+            slot.replace_memory(Arc::clone(&self.ram));
+        }
+        Ok(())
+    }
+}
+
+fn new_ram(bytes: u64) -> Result<Arc<GuestRam>, Error> {
+    let ram = GuestRam::new(bytes).map_err(|e| {
+        Error::new(
+            Code::ResourceExhausted,
+            ErrorReason::NotEnoughMemory,
+            format!("cannot get memory for the guest: {e}"),
+        )
+        .with("field", "memory_bytes")
+        .with("errno", e.raw_os_error().unwrap_or(0).to_string())
+        .remedy("give the VM less memory, or raise the limits of the hypervisor's process")
+    })?;
+    Ok(Arc::new(ram))
 }
 
 /// Windows for BARs, the one below 4 GiB first: every guest reaches that.

@@ -8,11 +8,33 @@ use proto::v1::SlotConfig;
 
 use super::{SlotOptions, Status};
 use crate::memory::GuestRam;
+use crate::platform::irq;
 use crate::slot::Slot;
 
 /// Does `what` to every slot.
 pub(super) fn for_each(slots: &[Arc<Slot>], what: impl Fn(&Slot) + Sync) {
     together(slots, |slot| what(slot));
+}
+
+/// Does `what` to every slot; says whether it was `true` for all.
+pub(super) fn all(slots: &[Arc<Slot>], what: impl Fn(&Slot) -> bool + Sync) -> bool {
+    together(slots, |slot| what(slot)).into_iter().all(|yes| yes)
+}
+
+/// Checks that KVM has a route for every interrupt that the slots may use at once.
+pub(super) fn check_vectors(slots: &[Arc<Slot>]) -> Result<(), Error> {
+    check_sum(slots.iter().map(|s| usize::from(s.vectors())).sum())
+}
+
+fn check_sum(wanted: usize) -> Result<(), Error> {
+    match irq::MESSAGES {
+        enough if wanted <= enough => Ok(()),
+        most => Err(Error::invalid_field(
+            "slots.queues",
+            format!("the slots have {wanted} interrupts in all, one for each queue and one for each slot"),
+        )
+        .remedy(format!("KVM has {most}: give the slots fewer queues"))),
+    }
 }
 
 /// Connects every slot to its device; none if one fails.
@@ -47,6 +69,14 @@ mod tests {
     use std::time::{Duration, Instant};
 
     use super::*;
+
+    #[test]
+    fn more_interrupts_than_kvm_has_are_refused() {
+        assert!(check_sum(irq::MESSAGES).is_ok());
+        let error = check_sum(irq::MESSAGES + 1).unwrap_err();
+        assert_eq!(error.reason(), proto::error::ErrorReason::InvalidField);
+        assert!(error.to_string().contains("fewer queues"), "{error}");
+    }
 
     #[test]
     fn results_are_in_order_and_waits_overlap() {

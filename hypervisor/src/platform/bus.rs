@@ -65,10 +65,10 @@ mod tests {
     impl BusDevice for Echo {
         fn read(&self, offset: u64, data: &mut [u8]) -> Exit {
             data.fill(self.0 + u8::try_from(offset).unwrap());
-            Exit::Other
+            Exit::IoSerial
         }
         fn write(&self, _offset: u64, _data: &[u8]) -> Exit {
-            Exit::Other
+            Exit::IoSerial
         }
     }
 

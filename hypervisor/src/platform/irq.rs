@@ -20,6 +20,9 @@ use crate::platform::pci::msix::Message;
 /// Pins of each of the two 8259s.
 const PIC_PINS: u32 = 8;
 
+/// Messages that can have a GSI each at one time: what KVM's table of routes has room for beside the interrupt controllers' pins.
+pub const MESSAGES: usize = KVM_MAX_IRQ_ROUTES - (2 * PIC_PINS + FIRST_MSI_GSI) as usize;
+
 /// A global system interrupt that belongs to whoever allocated it.
 #[derive(Debug, PartialEq, Eq)]
 pub struct Gsi(u32);
@@ -50,7 +53,7 @@ impl IrqRouter {
         let mut routes = self.routes.lock().unwrap_or_else(PoisonError::into_inner);
         let index = match routes.iter().position(|r| *r == Route::Free) {
             Some(index) => index,
-            None if pins().count() + routes.len() < KVM_MAX_IRQ_ROUTES => {
+            None if routes.len() < MESSAGES => {
                 routes.push(Route::Free);
                 routes.len() - 1
             }
@@ -97,13 +100,17 @@ impl IrqRouter {
     /// Lets every write to `eventfd` raise `gsi` from now on, starting with one that waits in it already.
     ///
     /// # Errors
-    /// What KVM says.
+    /// What KVM says; what waited in the eventfd waits on then.
     pub fn attach(&self, eventfd: &EventFd, gsi: &Gsi) -> io::Result<()> {
         // KVM would raise the GSI for what waits but leave the count in the eventfd, where it would look like another interrupt
         // after the next detach.
         let waiting = eventfd.read().is_ok();
-        self.vm.register_irqfd(eventfd, gsi.0)?;
-        if waiting { eventfd.write(1) } else { Ok(()) }
+        let attached = self.vm.register_irqfd(eventfd, gsi.0);
+        // If KVM refuses, it waits on.
+        if waiting {
+            eventfd.write(1)?;
+        }
+        Ok(attached?)
     }
 
     /// Undoes [`IrqRouter::attach`]: writes wait in the eventfd from now on.
@@ -187,9 +194,20 @@ mod tests {
     fn gsis_run_out_without_harm() {
         let router = router();
         let all: Vec<_> = std::iter::from_fn(|| router.allocate()).collect();
-        assert_eq!(all.len(), KVM_MAX_IRQ_ROUTES - 40);
+        assert_eq!((all.len(), pins().count()), (MESSAGES, KVM_MAX_IRQ_ROUTES - MESSAGES));
         router.free(&all[7]);
         assert_eq!(router.allocate(), Some(Gsi(FIRST_MSI_GSI + 7)));
+    }
+
+    #[test]
+    fn what_waits_is_not_lost_if_kvm_refuses() {
+        // Without interrupt controllers, as they would be what a GSI goes to.
+        let router = IrqRouter::new(Arc::new(kvm_ioctls::Kvm::new().unwrap().create_vm().unwrap()));
+        let eventfd = EventFd::new(libc::EFD_NONBLOCK).unwrap();
+        let gsi = router.allocate().unwrap();
+        eventfd.write(1).unwrap();
+        assert!(router.attach(&eventfd, &gsi).is_err());
+        assert_eq!(eventfd.read().unwrap(), 1);
     }
 
     #[test]

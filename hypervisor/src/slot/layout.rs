@@ -9,7 +9,6 @@
 //! Each queue's notification has a page of its own, so that it can be mapped where it is served.
 
 use super::common;
-use crate::platform::pci::class;
 use crate::platform::pci::config::{ConfigSpace, Identity};
 use crate::platform::pci::msix::{self, MsixTable};
 
@@ -38,6 +37,8 @@ const CAP_PCI: u8 = 5;
 const VENDOR_VIRTIO: u16 = 0x1af4;
 /// Device id of a virtio device with virtio id 0.
 const DEVICE_BASE: u16 = 0x1040;
+/// Unclassified. The specification leaves the class to the implementation, and drivers go by the ids.
+const CLASS: [u8; 3] = [0x00, 0xff, 0x00];
 /// Modern-only devices have a revision and a subsystem of at least these.
 const REVISION: u8 = 1;
 const SUBSYSTEM: u16 = 0x1100;
@@ -115,7 +116,7 @@ pub(super) fn config_space(
     let mut space = ConfigSpace::new(&Identity {
         vendor: VENDOR_VIRTIO,
         device: DEVICE_BASE + virtio_id,
-        class: class::of_virtio_device(virtio_id),
+        class: CLASS,
         revision: REVISION,
         subsystem_vendor: VENDOR_VIRTIO,
         subsystem: SUBSYSTEM,

@@ -8,18 +8,20 @@
 //!                                   Lost ┘            (any state) ── shutdown ──► Removed
 //! ```
 //!
-//! A link that is Lost stays so through every attempt until one succeeds, so that the age of the state is the length of the
-//! outage. Nobody waits for it: notifications of the guest gather in the eventfds, a reset is done at once (what has no connection
-//! has no running ring), and a slot can be shut down at any instant.
+//! During an outage, attempts pass through Connecting and Negotiating and back to Lost; the age of the state is the length of the
+//! outage all the while. Nobody waits for it: notifications of the guest gather in the eventfds, a slot can be shut down at any
+//! instant, and a reset is done at once, as nobody is there who would have to stop. (Whether what was there has stopped is another
+//! question: see [`Slot::reset`](super::Slot::reset).)
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use super::LinkState;
 use super::ring;
+use super::shared::{Order, Shared};
 use super::state::Activation;
 use super::sys::{self, Seen, Wait, Watch};
 use super::vhost_user::{Frontend, Inflight, LinkError, Offer};
-use super::{LinkState, Shared};
 
 /// First pause before connecting again, doubled after each failure.
 const FIRST_PAUSE: Duration = Duration::from_millis(1);
@@ -30,6 +32,8 @@ const LONG_PAUSE: Duration = Duration::from_secs(1);
 /// How long an outage is short, and how long a connection has to last to count as one that works.
 const SETTLED: Duration = Duration::from_secs(10);
 const WORKED: Duration = Duration::from_secs(1);
+/// How often a device's configuration is read at most, however often it says that it has changed.
+const CONFIG_PAUSE: Duration = Duration::from_millis(50);
 
 /// When to connect again.
 #[derive(Debug)]
@@ -74,10 +78,14 @@ pub(super) struct Link {
     active_since: Instant,
     // What runs at the device over this connection.
     running: Option<Arc<Activation>>,
+    // Rings run at the device, or may.
+    touched: bool,
     // The last activation whose rings a device has had: they go on from their used index.
     started: Option<u64>,
     inflight: Option<Inflight>,
     backoff: Backoff,
+    // When the configuration may be read again because it has changed.
+    next_config: Instant,
     // While lost: tells when the device's socket may be there again.
     watch: Option<Watch>,
 }
@@ -91,9 +99,11 @@ impl Link {
             frontend: Some(frontend),
             active_since: now,
             running: None,
+            touched: false,
             started: None,
             inflight: None,
             backoff: Backoff::new(now),
+            next_config: now,
             watch: None,
         }
     }
@@ -115,7 +125,7 @@ impl Link {
         // A reset that still waits must not wait for ever, nor must one that comes later.
         self.shared.lock().state.orders.abandoned = true;
         self.shared.finish_reset();
-        self.shared.set_link(LinkState::Removed, "");
+        self.shared.removed();
     }
 
     fn lose(&mut self, error: &LinkError) {
@@ -126,23 +136,32 @@ impl Link {
             self.backoff.failed(now);
         }
         self.running = None;
-        self.shared.lost(error);
+        self.shared.lost(error, std::mem::take(&mut self.touched));
     }
 
     /// Does what is asked, then waits until something happens, once.
     fn serve(&mut self, mut frontend: Frontend) -> Result<Option<Frontend>, LinkError> {
         self.follow_orders(&mut frontend)?;
-        if frontend.take_config_changed() {
-            self.refresh_config(&mut frontend, true)?;
-            return Ok(Some(frontend));
+        let mut pause = None;
+        if frontend.config_changed() {
+            let now = Instant::now();
+            pause = self.next_config.checked_duration_since(now).filter(|p| !p.is_zero());
+            if pause.is_none() {
+                self.next_config = now + CONFIG_PAUSE;
+                frontend.drain_backend()?;
+                frontend.take_config_changed();
+                self.refresh_config(&mut frontend, true)?;
+                return Ok(Some(frontend));
+            }
         }
         let waits = [
             Wait::event(&self.shared.wake),
             Wait::readable(frontend.main()),
-            Wait::optional(frontend.backend()),
+            // A device that says it again and again is not heard during the pause.
+            Wait::optional(frontend.backend().filter(|_| pause.is_none())),
             Wait::event(&self.shared.error),
         ];
-        let [woken, gone, told, broken] = sys::poll(waits, None)?;
+        let [woken, gone, told, broken] = sys::poll(waits, pause)?;
         if woken {
             // What for, the orders say.
             let _ = self.shared.wake.read();
@@ -165,7 +184,7 @@ impl Link {
 
     /// Without a connection: does what needs none, waits until it is time, and tries to connect.
     fn reconnect(&mut self) -> Result<Option<Frontend>, LinkError> {
-        self.shared.finish_reset();
+        self.shared.disconnected();
         let left = self.backoff.next.saturating_duration_since(Instant::now());
         if !left.is_zero() {
             if self.watch.is_none() {
@@ -190,8 +209,7 @@ impl Link {
             }
             return Ok(None);
         }
-        let (mut frontend, offer) = self.shared.connect()?;
-        self.shared.accept(&offer)?;
+        let mut frontend = self.shared.connect()?;
         // What the previous connection reported last is not about this one.
         let _ = self.shared.error.read();
         self.follow_orders(&mut frontend)?;
@@ -201,38 +219,38 @@ impl Link {
         Ok(Some(frontend))
     }
 
-    /// Makes the device do what the registers ask: stop, take configuration writes, start.
+    /// Makes the device do what the registers ask.
     fn follow_orders(&mut self, frontend: &mut Frontend) -> Result<(), LinkError> {
         loop {
-            let (activation, resetting, write) = {
-                let mut shared = self.shared.lock();
-                let orders = &mut shared.state.orders;
-                (orders.activation.clone(), orders.resetting, orders.config_writes.pop_front())
-            };
-            let wanted = activation.as_ref().map(|a| a.epoch);
-            if let Some(running) = self.running.take_if(|r| wanted != Some(r.epoch)) {
-                let rings: Vec<_> = running.rings.iter().map(|r| r.index).collect();
-                frontend.stop_rings(&rings)?;
-            }
-            if resetting {
-                self.inflight = None;
-                self.shared.finish_reset();
-                continue;
-            }
-            if let Some(write) = write {
-                match frontend.set_config(write.offset, &write.data) {
-                    Ok(()) | Err(LinkError::Refused(_)) => {}
-                    Err(e) => return Err(e),
+            match self.shared.order(frontend, self.running.as_ref().map(|r| r.epoch)) {
+                Order::Drop(why) => return Err(why),
+                Order::Stop => {
+                    if let Some(running) = self.running.take() {
+                        let rings: Vec<_> = running.rings.iter().map(|r| r.index).collect();
+                        frontend.stop_rings(&rings)?;
+                        self.touched = false;
+                    }
                 }
-                self.refresh_config(frontend, false)?;
-                continue;
+                Order::Reset => {
+                    self.inflight = None;
+                    // One that cannot has stopped at least; what it says then is what it is.
+                    refused_is_fine(frontend.reset_device())?;
+                    self.refresh_config(frontend, false)?;
+                    self.shared.finish_reset();
+                }
+                Order::Write(write) => {
+                    let taken = refused_is_fine(frontend.set_config(write.offset, &write.data))?;
+                    self.shared.lock().state.config.answered(&write, taken);
+                    self.refresh_config(frontend, false)?;
+                }
+                Order::Start(activation) => {
+                    frontend.limit(Some(self.shared.patience.start));
+                    self.start(frontend, &activation)?;
+                    frontend.limit(None);
+                    self.running = Some(activation);
+                }
+                Order::Wait => return Ok(()),
             }
-            if let Some(activation) = activation.filter(|_| self.running.is_none()) {
-                self.start(frontend, &activation)?;
-                self.running = Some(activation);
-                continue;
-            }
-            return Ok(());
         }
     }
 
@@ -244,7 +262,7 @@ impl Link {
         }
         let Some(queue_size) = activation.rings.iter().map(|r| r.size).max() else { return Ok(()) };
         frontend.set_features(activation.features)?;
-        frontend.set_memory(&self.shared.fixed.ram)?;
+        frontend.set_memory(&activation.ram)?;
         if frontend.has_inflight() {
             if self.inflight.is_none() {
                 let queues = self.shared.fixed.channels.len() as u16;
@@ -256,11 +274,13 @@ impl Link {
         }
         // From here on a device may have taken requests, even if it dies before we hear of it.
         self.started = Some(activation.epoch);
+        self.touched = true;
         for ring in &activation.rings {
             let Some(channel) = self.shared.fixed.channels.get(usize::from(ring.index)) else { continue };
-            // What is done and what is not, the used index says; what of it was taken before, the device finds in the memory of
-            // what is in flight. The available index would skip that.
-            let base = if again { ring::used_index(ring, &self.shared.fixed.ram) } else { 0 };
+            // A device with memory of what is in flight finds there what was taken and not done, and the used index tells it what
+            // else is new. Without that memory the used index is right if requests were done in order: of those that were not,
+            // some are done twice and some not at all. The available index would skip all that were in flight.
+            let base = if again { ring::used_index(ring, &activation.ram) } else { 0 };
             frontend.start_ring(ring, base, &channel.kick, &channel.call, &self.shared.error)?;
         }
         frontend.synchronize()?;
@@ -287,6 +307,15 @@ impl Link {
             Err(e) => return Err(e),
         }
         Ok(())
+    }
+}
+
+/// Whether the device did it; that it refused is no error.
+fn refused_is_fine(result: Result<(), LinkError>) -> Result<bool, LinkError> {
+    match result {
+        Ok(()) => Ok(true),
+        Err(LinkError::Refused(_)) => Ok(false),
+        Err(e) => Err(e),
     }
 }
 

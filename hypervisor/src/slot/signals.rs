@@ -136,8 +136,15 @@ pub(super) struct Interrupts {
     gsis: Vec<Option<Gsi>>,
     // By queue: the vector to which its eventfd is attached.
     attached: Vec<Option<u16>>,
-    // A message that KVM did not take has been reported: once is enough, however often the guest tries.
+    // That KVM did not do what was asked has been reported: once is enough, however often the guest tries.
     complained: bool,
+}
+
+/// Says once what KVM refused. The guest's interrupts wait in their eventfds then, and the guest may try again.
+fn complain(complained: &mut bool, what: &str, why: &dyn std::fmt::Display) {
+    if !std::mem::replace(complained, true) {
+        eprintln!("outboard-hypervisor: {what}: {why}");
+    }
 }
 
 impl Interrupts {
@@ -182,19 +189,21 @@ impl Interrupts {
             .filter_map(|(_, want)| *want)
             .filter_map(|(vector, message)| Some((self.gsis.get(usize::from(vector))?.as_ref()?, message)))
             .collect();
-        if let Err(e) = binding.router.set(&routes)
-            && !std::mem::replace(&mut self.complained, true)
-        {
+        if let Err(e) = binding.router.set(&routes) {
             // A message that KVM does not take is one that the guest made up; its interrupts go where the vector went before.
-            eprintln!("outboard-hypervisor: KVM does not take an MSI-X message of the guest: {e}");
+            complain(&mut self.complained, "KVM does not take an MSI-X message of the guest", &e);
         }
         for (attached, (channel, want)) in self.attached.iter_mut().zip(&plan) {
             if attached.is_none()
                 && let Some((vector, _)) = *want
                 && let Some(Some(gsi)) = self.gsis.get(usize::from(vector))
-                && binding.router.attach(&channel.call, gsi).is_ok()
             {
-                *attached = Some(vector);
+                match binding.router.attach(&channel.call, gsi) {
+                    Ok(()) => *attached = Some(vector),
+                    Err(e) => {
+                        complain(&mut self.complained, "KVM does not attach the interrupt of a queue", &e);
+                    }
+                }
             }
         }
     }
@@ -206,6 +215,10 @@ impl Interrupts {
         }
         if self.gsis[index].is_none() {
             self.gsis[index] = binding.router.allocate();
+            if self.gsis[index].is_none() {
+                let why = "all of its routes are taken";
+                complain(&mut self.complained, "KVM has no route for an interrupt of the guest", &why);
+            }
         }
     }
 

@@ -1,12 +1,13 @@
 //! The registers of a slot as one whole, and what they ask of the link.
 //!
 //! vCPU threads change registers and read them; the link's thread does what they ask and reports back. Both meet here, under one
-//! lock that nobody holds while waiting for anything.
+//! lock. Nobody holds it while waiting for a device; but what the registers ask of KVM is asked under it, and KVM may take
+//! milliseconds to attach or detach an eventfd or to change a route.
 
-use std::collections::VecDeque;
 use std::sync::Arc;
 
 use super::common::{Action, CommonConfig, F_VERSION_1, NO_VECTOR, Queue};
+use super::device_config::DeviceConfig;
 use super::layout::{self, Capabilities, Place, window};
 use super::params::Params;
 use super::ring;
@@ -23,10 +24,6 @@ use crate::platform::pci::msix::MsixTable;
 const ISR_QUEUE: u8 = 1;
 /// ISR status: the configuration changed.
 const ISR_CONFIG: u8 = 2;
-
-/// Writes to the device's configuration that wait for the link. A driver writes a handful in its life; one that floods loses what
-/// is beyond.
-const MAX_CONFIG_WRITES: usize = 64;
 
 /// Features that are passed on between driver and device: those of the device's type, and of those that all devices share
 /// (VirtIO 1.3 section 6) the ones for which nothing has to be done here. Not among them: rings that are not split, resetting single
@@ -47,13 +44,8 @@ pub(super) struct Activation {
     pub(super) features: u64,
     /// The rings, by number of their queue.
     pub(super) rings: Vec<RingSetup>,
-}
-
-/// A write of the driver to the device's configuration space.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) struct ConfigWrite {
-    pub(super) offset: u32,
-    pub(super) data: Vec<u8>,
+    /// Where they are.
+    pub(super) ram: Arc<GuestRam>,
 }
 
 /// What the registers ask of the link.
@@ -63,8 +55,6 @@ pub(super) struct Orders {
     pub(super) activation: Option<Arc<Activation>>,
     /// A reset waits for the rings to stop.
     pub(super) resetting: bool,
-    /// Configuration writes to pass on.
-    pub(super) config_writes: VecDeque<ConfigWrite>,
     /// Nobody follows orders any more: the link has been shut down.
     pub(super) abandoned: bool,
     epoch: u64,
@@ -86,7 +76,6 @@ pub(super) enum Effect {
 pub(super) struct Fixed {
     pub(super) params: Params,
     pub(super) options: Options,
-    pub(super) ram: Arc<GuestRam>,
     pub(super) channels: Vec<Channel>,
 }
 
@@ -94,13 +83,13 @@ pub(super) struct Fixed {
 #[derive(Debug)]
 pub(super) struct State {
     fixed: Arc<Fixed>,
+    ram: Arc<GuestRam>,
     pci: ConfigSpace,
     capabilities: Capabilities,
     common: CommonConfig,
     msix: MsixTable,
     isr: u8,
-    config: Vec<u8>,
-    config_writable: bool,
+    pub(super) config: DeviceConfig,
     device_features: u64,
     placement: Option<Placement>,
     binding: Option<Binding>,
@@ -110,13 +99,12 @@ pub(super) struct State {
 }
 
 impl State {
-    /// A slot after power-on whose device offers `device_features` and has this configuration, which a driver may write if
-    /// `config_writable`.
+    /// A slot after power-on whose device offers `device_features` and has this configuration.
     pub(super) fn new(
         fixed: Arc<Fixed>,
+        ram: Arc<GuestRam>,
         device_features: u64,
-        config: Vec<u8>,
-        config_writable: bool,
+        config: DeviceConfig,
     ) -> Self {
         let queues = fixed.channels.len() as u16;
         let msix = MsixTable::new(queues + 1);
@@ -125,13 +113,13 @@ impl State {
         let common = CommonConfig::new(features, queues, fixed.params.queue_size, msix.len());
         Self {
             fixed,
+            ram,
             pci,
             capabilities,
             common,
             msix,
             isr: 0,
             config,
-            config_writable,
             device_features,
             placement: None,
             binding: None,
@@ -154,6 +142,16 @@ impl State {
     /// Whether the driver is ready.
     pub(super) fn driver_ok(&self) -> bool {
         self.common.driver_ok()
+    }
+
+    /// The guest's memory.
+    pub(super) fn ram(&self) -> &Arc<GuestRam> {
+        &self.ram
+    }
+
+    /// The guest has other memory now. No ring is running.
+    pub(super) fn set_ram(&mut self, ram: Arc<GuestRam>) {
+        self.ram = ram;
     }
 
     /// Where the slot is.
@@ -244,18 +242,19 @@ impl State {
     }
 
     /// The device's configuration is this now. Says whether that is a change; the driver is told of one, and `always` if the device
-    /// says itself that there is one.
+    /// says itself that there is one. A driver whose reset is not done yet sees it when it sees the reset done.
     pub(super) fn set_config(&mut self, new: &[u8], always: bool) -> bool {
-        let length = self.config.len().min(new.len());
-        let changed = self.config[..length] != new[..length];
-        if changed {
-            self.config[..length].copy_from_slice(&new[..length]);
+        if self.orders.resetting {
+            self.config.forget_writes();
+            self.config.update(new);
+            return false;
         }
-        if changed || always {
+        let news = self.config.update(new) || always;
+        if news {
             self.common.next_generation();
             self.interrupt_config();
         }
-        changed || always
+        news
     }
 
     /// The device has found something in a ring with which it cannot go on.
@@ -265,13 +264,14 @@ impl State {
         }
     }
 
-    /// Asks for a reset. It is done at once if no ring can be running; otherwise when the link has stopped them. Returns whether the
-    /// link has to be woken.
+    /// Asks for a reset. It is done at once if the device knows nothing of the driver; otherwise when the link has stopped the rings
+    /// and reset the device. Returns whether the link has to be woken.
     pub(super) fn request_reset(&mut self) -> bool {
         if self.orders.resetting {
             return false;
         }
-        if self.orders.activation.take().is_none() || self.orders.abandoned {
+        let untouched = self.orders.activation.take().is_none() && !self.config.is_written();
+        if untouched || self.orders.abandoned {
             self.finish_reset();
             return false;
         }
@@ -283,7 +283,7 @@ impl State {
     pub(super) fn finish_reset(&mut self) {
         self.orders.resetting = false;
         self.orders.activation = None;
-        self.orders.config_writes.clear();
+        self.config.forget_writes();
         self.common.reset(offered(self.device_features, self.fixed.params.masked_features));
         self.isr = 0;
         self.sync();
@@ -312,14 +312,15 @@ impl State {
         }
         let enabled = (0..).zip(self.common.queues()).filter(|(_, queue)| queue.enabled);
         let rings: Option<Vec<_>> =
-            enabled.map(|(index, queue)| ring::check(index, queue, &self.fixed.ram)).collect();
+            enabled.map(|(index, queue)| ring::check(index, queue, &self.ram)).collect();
         let Some(rings) = rings else {
             self.set_needs_reset();
             return false;
         };
         self.orders.epoch += 1;
         let features = self.common.driver_features();
-        self.orders.activation = Some(Arc::new(Activation { epoch: self.orders.epoch, features, rings }));
+        let (epoch, ram) = (self.orders.epoch, Arc::clone(&self.ram));
+        self.orders.activation = Some(Arc::new(Activation { epoch, features, rings, ram }));
         self.sync();
         true
     }
@@ -384,10 +385,7 @@ impl State {
                 Exit::MmioSlotIsr
             }
             Place::Device(at) => {
-                let from = self.config.iter().skip(usize::try_from(at).unwrap_or(usize::MAX));
-                for (to, from) in data.iter_mut().zip(from) {
-                    *to = *from;
-                }
+                self.config.read(at, data);
                 Exit::MmioSlotDevice
             }
             Place::MsixTable(at) => {
@@ -457,18 +455,7 @@ impl State {
     }
 
     fn write_config(&mut self, offset: u64, data: &[u8]) -> bool {
-        let Ok(start) = usize::try_from(offset) else { return false };
-        let Some(target) = self.config.get_mut(start..start.saturating_add(data.len())) else { return false };
-        if !self.config_writable
-            || self.orders.resetting
-            || self.orders.config_writes.len() >= MAX_CONFIG_WRITES
-        {
-            return false;
-        }
-        // The driver reads back what it wrote; what the device makes of it replaces this when it has answered.
-        target.copy_from_slice(data);
-        self.orders.config_writes.push_back(ConfigWrite { offset: start as u32, data: data.to_vec() });
-        true
+        !self.orders.resetting && self.config.write(offset, data)
     }
 }
 

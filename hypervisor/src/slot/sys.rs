@@ -146,6 +146,11 @@ impl<'a> Wait<'a> {
         Self(Some(unsafe { BorrowedFd::borrow_raw(fd.as_raw_fd()) }), libc::POLLIN)
     }
 
+    /// Not at all.
+    pub(super) fn nothing() -> Self {
+        Self(None, 0)
+    }
+
     /// [`Wait::readable`] if there is an `fd`.
     pub(super) fn optional(fd: Option<&'a impl AsFd>) -> Self {
         Self(fd.map(AsFd::as_fd), libc::POLLIN)

@@ -37,14 +37,15 @@ pub(crate) mod request {
     pub(crate) const SET_CONFIG: u32 = 25;
     pub(crate) const GET_INFLIGHT_FD: u32 = 31;
     pub(crate) const SET_INFLIGHT_FD: u32 = 32;
+    pub(crate) const RESET_DEVICE: u32 = 34;
     pub(crate) const GET_MAX_MEM_SLOTS: u32 = 36;
     pub(crate) const ADD_MEM_REG: u32 = 37;
 }
 use request::{
     ADD_MEM_REG, GET_CONFIG, GET_FEATURES, GET_INFLIGHT_FD, GET_MAX_MEM_SLOTS, GET_PROTOCOL_FEATURES,
-    GET_QUEUE_NUM, GET_VRING_BASE, SET_BACKEND_REQ_FD, SET_CONFIG, SET_INFLIGHT_FD, SET_MEM_TABLE,
-    SET_VRING_ADDR, SET_VRING_BASE, SET_VRING_CALL, SET_VRING_ENABLE, SET_VRING_ERR, SET_VRING_KICK,
-    SET_VRING_NUM,
+    GET_QUEUE_NUM, GET_VRING_BASE, RESET_DEVICE, SET_BACKEND_REQ_FD, SET_CONFIG, SET_INFLIGHT_FD,
+    SET_MEM_TABLE, SET_VRING_ADDR, SET_VRING_BASE, SET_VRING_CALL, SET_VRING_ENABLE, SET_VRING_ERR,
+    SET_VRING_KICK, SET_VRING_NUM,
 };
 
 const PROTOCOL_FEATURES: u64 = 1 << 30;
@@ -53,6 +54,7 @@ pub(crate) const REPLY_ACK: u64 = 1 << 3;
 pub(crate) const BACKEND_REQ: u64 = 1 << 5;
 pub(crate) const CONFIG: u64 = 1 << 9;
 pub(crate) const INFLIGHT: u64 = 1 << 12;
+pub(crate) const RESET: u64 = 1 << 13;
 pub(crate) const MEM_SLOTS: u64 = 1 << 15;
 
 /// What the device does instead of answering a request.
@@ -81,18 +83,21 @@ pub(crate) struct Script {
     pub(crate) hold: bool,
     /// Bytes of the configuration that a driver can write.
     pub(crate) writable: std::ops::Range<usize>,
+    /// What those bytes are after a reset.
+    pub(crate) initial_config: Vec<u8>,
 }
 
 impl Default for Script {
     fn default() -> Self {
         Self {
             features: VERSION_1,
-            protocol: MQ | REPLY_ACK | BACKEND_REQ | CONFIG | INFLIGHT | MEM_SLOTS,
+            protocol: MQ | REPLY_ACK | BACKEND_REQ | CONFIG | INFLIGHT | RESET | MEM_SLOTS,
             queues: 2,
             config: (0..60).collect(),
             fault: None,
             hold: false,
             writable: 0..0,
+            initial_config: (0..60).collect(),
         }
     }
 }
@@ -132,6 +137,11 @@ impl Device {
     pub(crate) fn seen(&self, request: u32) -> Vec<Vec<u8>> {
         let log = self.shared.log.lock().unwrap();
         log.iter().filter(|(r, _)| *r == request).map(|(_, payload)| payload.clone()).collect()
+    }
+
+    /// The numbers of all messages, in order.
+    pub(crate) fn order(&self) -> Vec<u32> {
+        self.shared.log.lock().unwrap().iter().map(|(request, _)| *request).collect()
     }
 
     /// Changes the configuration and tells the front-end, which must acknowledge.
@@ -350,6 +360,14 @@ impl Connection {
                     if script.writable.contains(&(offset + i)) {
                         script.config[offset + i] = *byte;
                     }
+                }
+            }
+            RESET_DEVICE => {
+                assert!(self.workers.iter().all(Option::is_none), "reset while rings run");
+                let mut script = self.shared.script.lock().unwrap();
+                let initial = script.initial_config.clone();
+                for i in script.writable.clone() {
+                    script.config[i] = initial[i];
                 }
             }
             _ => {}

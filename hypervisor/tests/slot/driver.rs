@@ -78,6 +78,12 @@ impl Machine {
         Self::with(config, bytes, Options::default())
     }
 
+    /// Goes on with other memory, as after a reset that left the old in doubt.
+    pub(crate) fn replace_memory(&mut self) {
+        self.ram = Arc::new(GuestRam::new(self.ram.size()).unwrap());
+        self.slot.replace_memory(Arc::clone(&self.ram));
+    }
+
     pub(crate) fn with(config: &SlotConfig, bytes: u64, options: Options) -> Self {
         let ram = Arc::new(GuestRam::new(bytes).unwrap());
         let events = Arc::new(Events::default());
@@ -94,8 +100,8 @@ impl Machine {
         u32::from_le_bytes(data)
     }
 
-    pub(crate) fn config_write(&self, offset: u64, data: &[u8]) {
-        self.ecam.write(DEVICE + offset, data);
+    pub(crate) fn config_write(&self, offset: u64, data: &[u8]) -> Exit {
+        self.ecam.write(DEVICE + offset, data)
     }
 
     pub(crate) fn bar(&self) -> u64 {

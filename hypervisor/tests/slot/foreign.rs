@@ -86,7 +86,7 @@ fn it_serves_a_slot_through_resets_and_its_own_death() {
     let _daemon = Daemon::start(dir.path());
     write_and_verify(&mut driver, 3);
     until("connection", || machine.slot.info().reconnects == 1);
-    machine.slot.reset();
+    let _ = machine.slot.reset();
     let mut driver = Driver::start(&machine, VERSION_1, 2);
     write_and_verify(&mut driver, 4);
 }

@@ -187,7 +187,7 @@ fn notifications_that_are_not_for_kvm_come_to_this_process() {
             let window = machine.capability(5).unwrap();
             machine.config_write(window + 8, &(NOTIFY as u32).to_le_bytes());
             machine.config_write(window + 12, &2u32.to_le_bytes());
-            machine.config_write(window + 16, &[0, 0]);
+            assert_eq!(machine.config_write(window + 16, &[0, 0]), Exit::MmioSlotNotify);
             assert_eq!(called.try_recv(), Ok((0, true)));
             // A queue that does not exist is nobody's.
             assert_eq!(machine.write(NOTIFY + 0x2000, &[2, 0]), Exit::MmioSlotNotify);
@@ -284,7 +284,7 @@ fn a_slot_moves_from_one_vm_to_the_next() {
         assert!(!guest.write(&machine, machine.bar() + NOTIFY));
         assert_eq!(driver.wait(0, 1), [1]);
         until("interrupt", || guest.interrupted());
-        machine.slot.reset();
+        let _ = machine.slot.reset();
         machine.slot.unbind();
     }
     assert_eq!(device.seen(request::SET_VRING_KICK).len(), 3);

@@ -6,4 +6,5 @@ mod driver;
 mod faults;
 mod foreign;
 mod kvm;
+mod machine;
 mod registers;

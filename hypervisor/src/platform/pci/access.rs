@@ -19,21 +19,23 @@ fn by_doubleword(offset: u64, len: usize, mut f: impl FnMut(u64, std::ops::Range
     }
 }
 
-/// Reads from a function's configuration space; all ones where there is none.
-fn read(root: &PciRoot, device: usize, function: u64, register: u64, data: &mut [u8]) {
+/// Reads from a function's configuration space; all ones where there is none. Says whether that counts as something else.
+fn read(root: &PciRoot, device: usize, function: u64, register: u64, data: &mut [u8]) -> Option<Exit> {
     let target = if function == 0 { root.function(device) } else { None };
     match (target, u8::try_from(register)) {
         (Some(f), Ok(register)) => f.read_config(register, data),
-        _ => data.fill(0xff),
+        _ => {
+            data.fill(0xff);
+            None
+        }
     }
 }
 
-/// Writes to a function's configuration space; ignored where there is none.
-fn write(root: &PciRoot, device: usize, function: u64, register: u64, data: &[u8]) {
+/// Writes to a function's configuration space; ignored where there is none. Says whether that counts as something else.
+fn write(root: &PciRoot, device: usize, function: u64, register: u64, data: &[u8]) -> Option<Exit> {
     let target = if function == 0 { root.function(device) } else { None };
-    if let (Some(f), Ok(register)) = (target, u8::try_from(register)) {
-        f.write_config(register, data);
-    }
+    let (Some(f), Ok(register)) = (target, u8::try_from(register)) else { return None };
+    f.write_config(register, data)
 }
 
 /// Ports 0xcf8 to 0xcff: configuration mechanism #1 (PCI Local Bus 3.0 section 3.2.2.3.2), and the reset control register that
@@ -70,7 +72,9 @@ impl BusDevice for ConfigPorts {
             }
         } else if data.len() <= config_data_end().saturating_sub(offset) as usize {
             match self.target(offset) {
-                Some((device, function, register)) => read(&self.0, device, function, register, data),
+                Some((device, function, register)) => {
+                    return read(&self.0, device, function, register, data).unwrap_or(Exit::IoPciConfig);
+                }
                 None => data.fill(0xff),
             }
         } else {
@@ -97,7 +101,7 @@ impl BusDevice for ConfigPorts {
             && data.len() <= (config_data_end() - offset) as usize
             && let Some((device, function, register)) = self.target(offset)
         {
-            write(&self.0, device, function, register, data);
+            return write(&self.0, device, function, register, data).unwrap_or(Exit::IoPciConfig);
         }
         Exit::IoPciConfig
     }
@@ -118,19 +122,21 @@ fn ecam_target(address: u64) -> (usize, u64, u64) {
 
 impl BusDevice for Ecam {
     fn read(&self, offset: u64, data: &mut [u8]) -> Exit {
+        let mut exit = Exit::MmioPciConfig;
         by_doubleword(offset, data.len(), |address, piece| {
             let (device, function, register) = ecam_target(address);
-            read(&self.0, device, function, register, &mut data[piece]);
+            exit = read(&self.0, device, function, register, &mut data[piece]).unwrap_or(exit);
         });
-        Exit::MmioPciConfig
+        exit
     }
 
     fn write(&self, offset: u64, data: &[u8]) -> Exit {
+        let mut exit = Exit::MmioPciConfig;
         by_doubleword(offset, data.len(), |address, piece| {
             let (device, function, register) = ecam_target(address);
-            write(&self.0, device, function, register, &data[piece]);
+            exit = write(&self.0, device, function, register, &data[piece]).unwrap_or(exit);
         });
-        Exit::MmioPciConfig
+        exit
     }
 }
 

@@ -5,7 +5,6 @@
 //! INTx routing.
 
 mod access;
-pub mod class;
 pub mod config;
 pub mod msix;
 mod root;
@@ -42,11 +41,13 @@ pub struct Placement {
 /// A function of the bus, with at most one BAR. Called from vCPU threads, several at once: it must not block and must not
 /// panic, whatever the guest does.
 pub trait PciFunction: Send + Sync {
-    /// The guest reads `data.len()` bytes (1 to 4, not crossing a multiple of 4) of configuration space at `offset`.
-    fn read_config(&self, offset: u8, data: &mut [u8]);
+    /// The guest reads `data.len()` bytes (1 to 4, not crossing a multiple of 4) of configuration space at `offset`. If that stands
+    /// for an access to the BAR, says what it is to be counted as.
+    fn read_config(&self, offset: u8, data: &mut [u8]) -> Option<Exit>;
 
-    /// The guest writes `data` (1 to 4 bytes, not crossing a multiple of 4) to configuration space at `offset`.
-    fn write_config(&self, offset: u8, data: &[u8]);
+    /// The guest writes `data` (1 to 4 bytes, not crossing a multiple of 4) to configuration space at `offset`. If that stands for an
+    /// access to the BAR, says what it is to be counted as.
+    fn write_config(&self, offset: u8, data: &[u8]) -> Option<Exit>;
 
     /// Length of the BAR in bytes, a power of two of at least 4096, or 0 if there is none.
     fn bar_size(&self) -> u64;

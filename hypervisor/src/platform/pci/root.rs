@@ -155,12 +155,14 @@ impl HostBridge {
 }
 
 impl PciFunction for HostBridge {
-    fn read_config(&self, offset: u8, data: &mut [u8]) {
+    fn read_config(&self, offset: u8, data: &mut [u8]) -> Option<Exit> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner).read(offset, data);
+        None
     }
 
-    fn write_config(&self, offset: u8, data: &[u8]) {
+    fn write_config(&self, offset: u8, data: &[u8]) -> Option<Exit> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner).write(offset, data);
+        None
     }
 
     fn bar_size(&self) -> u64 {
@@ -212,11 +214,13 @@ mod tests {
     }
 
     impl PciFunction for Scratch {
-        fn read_config(&self, offset: u8, data: &mut [u8]) {
+        fn read_config(&self, offset: u8, data: &mut [u8]) -> Option<Exit> {
             self.config.lock().unwrap().read(offset, data);
+            None
         }
-        fn write_config(&self, offset: u8, data: &[u8]) {
+        fn write_config(&self, offset: u8, data: &[u8]) -> Option<Exit> {
             self.config.lock().unwrap().write(offset, data);
+            None
         }
         fn bar_size(&self) -> u64 {
             self.size
@@ -226,11 +230,11 @@ mod tests {
         }
         fn read_bar(&self, offset: u64, data: &mut [u8]) -> Exit {
             data.fill(self.last.load(Ordering::Relaxed).wrapping_add(u8::try_from(offset & 0xff).unwrap()));
-            Exit::Other
+            Exit::MmioSlotDevice
         }
         fn write_bar(&self, _offset: u64, data: &[u8]) -> Exit {
             self.last.store(data[0], Ordering::Relaxed);
-            Exit::Other
+            Exit::MmioSlotDevice
         }
         fn place(&self, placement: Placement) {
             self.config.lock().unwrap().set_bar(self.size, placement.bar);
@@ -282,11 +286,11 @@ mod tests {
         assert_eq!(data, [0xff; 4]);
         f.write_config(config::COMMAND, &config::COMMAND_MEMORY.to_le_bytes());
         window.write(0, &[7]);
-        assert_eq!(window.read(2, &mut data), Exit::Other);
+        assert_eq!(window.read(2, &mut data), Exit::MmioSlotDevice);
         assert_eq!(data, [9; 4]);
         f.write_config(config::BAR0, &0xc000_4000u32.to_le_bytes());
         assert_eq!(window.read(2, &mut data), Exit::MmioUnclaimed);
-        assert_eq!(window.read(0x4002, &mut data), Exit::Other);
+        assert_eq!(window.read(0x4002, &mut data), Exit::MmioSlotDevice);
         // An access that only starts in the BAR is nobody's.
         assert_eq!(window.read(0x4ffe, &mut data), Exit::MmioUnclaimed);
     }

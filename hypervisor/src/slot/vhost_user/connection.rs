@@ -18,20 +18,34 @@ use crate::slot::sys::{self, Wait};
 /// How long a device may take for the rest of a message of its own once it has begun, and for taking our answer.
 const BACKEND_MESSAGE: Duration = Duration::from_millis(500);
 
+/// How long a device may still take for what it is doing once a reset does not wait for that: far longer than one takes that works.
+const CUT: Duration = Duration::from_millis(500);
+
+/// What ends every wait for a device.
+#[derive(Debug, Clone)]
+pub(in crate::slot) struct Cancel {
+    /// Signalled for good: the slot is shut down.
+    pub(in crate::slot) stop: Arc<EventFd>,
+    /// Signalled while a reset does not wait for the device, which gets [`CUT`] from then on.
+    pub(in crate::slot) cut: Arc<EventFd>,
+}
+
 /// The socket to a device, and the one by which the device tells things by itself.
 #[derive(Debug)]
 pub(super) struct Connection {
     main: UnixStream,
     backend: Option<UnixStream>,
-    stop: Arc<EventFd>,
+    cancel: Cancel,
+    // When a reset cuts the connection, if it will.
+    cut_at: Option<Instant>,
     config_changed: bool,
 }
 
 impl Connection {
-    /// Connects to `path`. Every wait ends with [`LinkError::Cancelled`] once `stop` is signalled (it stays signalled).
-    pub(super) fn dial(path: &Path, stop: Arc<EventFd>) -> Result<Self, LinkError> {
+    /// Connects to `path`. Every wait ends with [`LinkError::Cancelled`] or [`LinkError::CutByReset`] once `cancel` is signalled.
+    pub(super) fn dial(path: &Path, cancel: Cancel) -> Result<Self, LinkError> {
         let main = sys::connect(path).map_err(LinkError::Unreachable)?;
-        Ok(Self { main, backend: None, stop, config_changed: false })
+        Ok(Self { main, backend: None, cancel, cut_at: None, config_changed: false })
     }
 
     /// Makes the device's own channel and returns the end that the device has to be given.
@@ -57,9 +71,19 @@ impl Connection {
         self.backend.as_ref()
     }
 
+    /// Whether the device has told that its configuration changed, and nobody has taken that yet.
+    pub(super) fn config_changed(&self) -> bool {
+        self.config_changed
+    }
+
     /// Whether the device has told that its configuration changed since this was last asked.
     pub(super) fn take_config_changed(&mut self) -> bool {
         std::mem::take(&mut self.config_changed)
+    }
+
+    /// No reset is waiting any more.
+    pub(super) fn forget_cut(&mut self) {
+        self.cut_at = None;
     }
 
     /// Sends a request. File descriptors go along with its first byte.
@@ -146,15 +170,24 @@ impl Connection {
     /// for that before it answers us.
     fn wait(&mut self, request: Request, deadline: Instant, write: bool) -> Result<(), LinkError> {
         loop {
-            let left = deadline.saturating_duration_since(Instant::now());
-            if left.is_zero() {
+            let now = Instant::now();
+            if self.cut_at.is_some_and(|at| at <= now) {
+                return Err(LinkError::CutByReset);
+            }
+            if deadline <= now {
                 return Err(LinkError::TimedOut(request.as_str()));
             }
+            let left = self.cut_at.map_or(deadline, |at| at.min(deadline)) - now;
             let main = if write { Wait::writable(&self.main) } else { Wait::readable(&self.main) };
-            let waits = [main, Wait::event(&self.stop), Wait::optional(self.backend.as_ref())];
-            let [ready, stopped, told] = sys::poll(waits, Some(left))?;
+            let stop = Wait::event(&self.cancel.stop);
+            let cut = if self.cut_at.is_none() { Wait::event(&self.cancel.cut) } else { Wait::nothing() };
+            let [ready, stopped, cut, told] =
+                sys::poll([main, stop, cut, Wait::optional(self.backend.as_ref())], Some(left))?;
             if stopped {
                 return Err(LinkError::Cancelled);
+            }
+            if cut {
+                self.cut_at = Some(Instant::now() + CUT);
             }
             if told {
                 self.serve_backend()?;
@@ -163,6 +196,20 @@ impl Connection {
                 return Ok(());
             }
         }
+    }
+
+    /// Takes the messages that the device has sent by itself; not all, if it goes on and on.
+    pub(super) fn drain_backend(&mut self) -> Result<(), LinkError> {
+        const ENOUGH: usize = 1024;
+        for _ in 0..ENOUGH {
+            let Some(backend) = &self.backend else { return Ok(()) };
+            let [told] = sys::poll([Wait::readable(backend)], Some(Duration::ZERO))?;
+            if !told {
+                return Ok(());
+            }
+            self.serve_backend()?;
+        }
+        Ok(())
     }
 
     /// Takes one message that the device sends by itself. A device that closes its channel just has none any more.
@@ -216,8 +263,8 @@ impl Connection {
                     if left.is_zero() {
                         return Err(LinkError::TimedOut("to finish its own message"));
                     }
-                    let [_, stopped] =
-                        sys::poll([Wait::readable(backend), Wait::event(&self.stop)], Some(left))?;
+                    let stop = Wait::event(&self.cancel.stop);
+                    let [_, stopped] = sys::poll([Wait::readable(backend), stop], Some(left))?;
                     if stopped {
                         return Err(LinkError::Cancelled);
                     }

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use vmm_sys_util::eventfd::EventFd;
 
-use super::connection::{Connection, raw};
+use super::connection::{Cancel, Connection, raw};
 use super::message::{Payload, Request, protocol, u32_at, u64_at};
 use super::{F_PROTOCOL_FEATURES, LinkError};
 use crate::memory::{GuestRam, RamRegion};
@@ -20,6 +20,7 @@ const WANTED: u64 = protocol::MQ
     | protocol::BACKEND_REQ
     | protocol::CONFIG
     | protocol::INFLIGHT_SHMFD
+    | protocol::RESET_DEVICE
     | protocol::CONFIGURE_MEM_SLOTS;
 
 /// Ring addresses are given to devices in an address space of ours ("user addresses"), which the specification lets us choose:
@@ -34,8 +35,12 @@ pub(in crate::slot) struct Patience {
     pub(in crate::slot) handshake: Duration,
     /// For one request.
     pub(in crate::slot) request: Duration,
-    /// For stopping all rings: what is in flight has to be finished.
+    /// For starting all rings.
+    pub(in crate::slot) start: Duration,
+    /// For stopping all rings: what is in flight has to be finished. Our cards take 10 s for that before they give up.
     pub(in crate::slot) stop: Duration,
+    /// For stopping all rings when the whole machine is reset, which then goes on with memory that the device has not got.
+    pub(in crate::slot) machine_reset: Duration,
 }
 
 impl Default for Patience {
@@ -43,7 +48,9 @@ impl Default for Patience {
         Self {
             handshake: Duration::from_secs(2),
             request: Duration::from_secs(2),
-            stop: Duration::from_secs(5),
+            start: Duration::from_secs(5),
+            stop: Duration::from_secs(12),
+            machine_reset: Duration::from_secs(5),
         }
     }
 }
@@ -92,52 +99,59 @@ pub(in crate::slot) struct Frontend {
     patience: Patience,
     protocol: u64,
     has_protocol_features: bool,
-    memory_set: bool,
+    // What the device was given.
+    memory: Option<Arc<GuestRam>>,
+    // End of what consists of several requests.
+    limit: Option<Instant>,
 }
 
 impl Frontend {
-    /// Connects and asks the device what it is. `config_size`: how much of the configuration space to read, in bytes.
-    pub(in crate::slot) fn connect(
-        path: &Path,
-        config_size: usize,
-        patience: Patience,
-        stop: Arc<EventFd>,
-    ) -> Result<(Self, Offer), LinkError> {
-        let connection = Connection::dial(path, stop)?;
-        let deadline = Instant::now() + patience.handshake;
-        let mut frontend =
-            Self { connection, patience, protocol: 0, has_protocol_features: false, memory_set: false };
-        let all = frontend.get_u64(Request::GetFeatures, deadline)?;
+    /// Connects. The handshake is still to be made.
+    pub(in crate::slot) fn dial(path: &Path, patience: Patience, cancel: Cancel) -> Result<Self, LinkError> {
+        Ok(Self {
+            connection: Connection::dial(path, cancel)?,
+            patience,
+            protocol: 0,
+            has_protocol_features: false,
+            memory: None,
+            limit: None,
+        })
+    }
+
+    /// Makes the handshake: asks the device what it is. `config_size`: how much of the configuration space to read, in bytes.
+    pub(in crate::slot) fn negotiate(&mut self, config_size: usize) -> Result<Offer, LinkError> {
+        let deadline = Instant::now() + self.patience.handshake;
+        let all = self.get_u64(Request::GetFeatures, deadline)?;
         if all & F_PROTOCOL_FEATURES != 0 {
-            frontend.has_protocol_features = true;
-            let offered = frontend.get_u64(Request::GetProtocolFeatures, deadline)?;
+            self.has_protocol_features = true;
+            let offered = self.get_u64(Request::GetProtocolFeatures, deadline)?;
             let protocol = offered & WANTED;
-            frontend.connection.send(
-                Request::SetProtocolFeatures,
-                Payload::default().u64(protocol).as_slice(),
-                &[],
-                false,
-                deadline,
-            )?;
-            frontend.protocol = protocol;
+            let payload = Payload::default().u64(protocol);
+            self.connection.send(Request::SetProtocolFeatures, payload.as_slice(), &[], false, deadline)?;
+            self.protocol = protocol;
         }
-        frontend.set(Request::SetOwner, &[], &[], deadline)?;
-        let queues = match frontend.has(protocol::MQ) {
-            true => Some(frontend.get_u64(Request::GetQueueNum, deadline)?),
+        self.set(Request::SetOwner, &[], &[], deadline)?;
+        let queues = match self.has(protocol::MQ) {
+            true => Some(self.get_u64(Request::GetQueueNum, deadline)?),
             false => None,
         };
-        if frontend.has(protocol::BACKEND_REQ) {
-            let theirs = frontend.connection.open_backend_channel()?;
-            if let Err(e) = frontend.set(Request::SetBackendReqFd, &[], &[raw(&theirs)], deadline) {
+        if self.has(protocol::BACKEND_REQ) {
+            let theirs = self.connection.open_backend_channel()?;
+            if let Err(e) = self.set(Request::SetBackendReqFd, &[], &[raw(&theirs)], deadline) {
                 let LinkError::Refused(_) = e else { return Err(e) };
-                frontend.connection.close_backend_channel();
+                self.connection.close_backend_channel();
             }
         }
-        let config = match frontend.has(protocol::CONFIG) && config_size > 0 {
-            true => Some(frontend.read_config(config_size, deadline)?),
+        let config = match self.has(protocol::CONFIG) && config_size > 0 {
+            true => Some(self.read_config(config_size, deadline)?),
             false => None,
         };
-        Ok((frontend, Offer { features: all & !F_PROTOCOL_FEATURES, queues, config }))
+        Ok(Offer { features: all & !F_PROTOCOL_FEATURES, queues, config })
+    }
+
+    /// All that is asked from now on has to be done in `time`; `None`: each request has a time of its own.
+    pub(in crate::slot) fn limit(&mut self, time: Option<Duration>) {
+        self.limit = time.map(|t| Instant::now() + t);
     }
 
     fn has(&self, feature: u64) -> bool {
@@ -169,6 +183,16 @@ impl Frontend {
         self.connection.serve_backend()
     }
 
+    /// Takes all that the device has said on its own channel.
+    pub(in crate::slot) fn drain_backend(&mut self) -> Result<(), LinkError> {
+        self.connection.drain_backend()
+    }
+
+    /// Whether the device has told that its configuration changed, and nobody has taken that yet.
+    pub(in crate::slot) fn config_changed(&self) -> bool {
+        self.connection.config_changed()
+    }
+
     /// Whether the device has told that its configuration changed since this was last asked.
     pub(in crate::slot) fn take_config_changed(&mut self) -> bool {
         self.connection.take_config_changed()
@@ -192,9 +216,19 @@ impl Frontend {
         self.set(Request::SetFeatures, payload.as_slice(), &[], self.deadline())
     }
 
+    /// No reset is waiting any more.
+    pub(in crate::slot) fn forget_cut(&mut self) {
+        self.connection.forget_cut();
+    }
+
+    /// Whether the device was given other memory than this. There is no way to take all of it back but to end the connection.
+    pub(in crate::slot) fn has_other_memory(&self, ram: &Arc<GuestRam>) -> bool {
+        self.memory.as_ref().is_some_and(|m| !Arc::ptr_eq(m, ram))
+    }
+
     /// Lets the device map guest memory, once in the life of the connection.
-    pub(in crate::slot) fn set_memory(&mut self, ram: &GuestRam) -> Result<(), LinkError> {
-        if self.memory_set {
+    pub(in crate::slot) fn set_memory(&mut self, ram: &Arc<GuestRam>) -> Result<(), LinkError> {
+        if self.memory.is_some() {
             return Ok(());
         }
         let deadline = self.deadline();
@@ -213,7 +247,7 @@ impl Frontend {
             let fds = vec![raw(&**ram.memfd()); ram.regions().len()];
             self.set(Request::SetMemTable, payload.as_slice(), &fds, deadline)?;
         }
-        self.memory_set = true;
+        self.memory = Some(Arc::clone(ram));
         Ok(())
     }
 
@@ -295,6 +329,14 @@ impl Frontend {
             .collect()
     }
 
+    /// Puts the device back into its initial state, if it knows how to. Its rings are stopped.
+    pub(in crate::slot) fn reset_device(&mut self) -> Result<(), LinkError> {
+        if !self.has(protocol::RESET_DEVICE) {
+            return Ok(());
+        }
+        self.set(Request::ResetDevice, &[], &[], self.deadline())
+    }
+
     /// Makes sure that everything before has been done, with a device that does not acknowledge.
     pub(in crate::slot) fn synchronize(&mut self) -> Result<(), LinkError> {
         if !self.has(protocol::REPLY_ACK) {
@@ -304,7 +346,8 @@ impl Frontend {
     }
 
     fn deadline(&self) -> Instant {
-        Instant::now() + self.patience.request
+        let deadline = Instant::now() + self.patience.request;
+        self.limit.map_or(deadline, |limit| deadline.min(limit))
     }
 
     fn read_config(&mut self, size: usize, deadline: Instant) -> Result<Vec<u8>, LinkError> {

@@ -24,6 +24,8 @@ pub(in crate::slot) mod protocol {
     pub(in crate::slot) const CONFIG: u64 = 1 << 9;
     /// What is in flight is kept in shared memory that survives the device.
     pub(in crate::slot) const INFLIGHT_SHMFD: u64 = 1 << 12;
+    /// A device can be put back into its initial state.
+    pub(in crate::slot) const RESET_DEVICE: u64 = 1 << 13;
     /// Memory regions are told one by one.
     pub(in crate::slot) const CONFIGURE_MEM_SLOTS: u64 = 1 << 15;
 }
@@ -67,6 +69,7 @@ requests! {
         SetConfig = 25, "SET_CONFIG";
         GetInflightFd = 31, "GET_INFLIGHT_FD";
         SetInflightFd = 32, "SET_INFLIGHT_FD";
+        ResetDevice = 34, "RESET_DEVICE";
         GetMaxMemSlots = 36, "GET_MAX_MEM_SLOTS";
         AddMemReg = 37, "ADD_MEM_REG";
     }

@@ -11,6 +11,7 @@ mod message;
 use std::fmt;
 use std::io;
 
+pub(super) use connection::Cancel;
 pub(super) use frontend::{Frontend, Inflight, Offer, Patience, RingSetup};
 
 /// Feature bit that says that the peer speaks protocol features; not a feature of the device, and not for the guest.
@@ -33,6 +34,10 @@ pub(super) enum LinkError {
     Incompatible(String),
     /// The slot is being shut down.
     Cancelled,
+    /// A reset of the guest does not wait for the device.
+    CutByReset,
+    /// The guest has new memory, and the connection is about the old.
+    MemoryReplaced,
     /// The host said no.
     Io(io::Error),
 }
@@ -49,6 +54,8 @@ impl fmt::Display for LinkError {
             LinkError::Refused(request) => write!(f, "the device refused {request}"),
             LinkError::Incompatible(why) => f.write_str(why),
             LinkError::Cancelled => f.write_str("the slot is shut down"),
+            LinkError::CutByReset => f.write_str("the guest was reset while the device kept it waiting"),
+            LinkError::MemoryReplaced => f.write_str("the guest was reset and has new memory"),
             LinkError::Io(e) => write!(f, "{e}"),
         }
     }
