@@ -153,14 +153,12 @@ impl Device for NetDevice {
     }
 
     fn start_queue(&self, ring: Ring) -> Result<(), Error> {
-        self.network.start_queue(self.port, ring);
-        Ok(())
+        self.network.start_queue(self.port, ring)
     }
 
-    /// Nothing is ever in flight between two turns of the network's thread.
-    fn stop_queue(&self, index: u16, deadline: Instant) -> Result<RingState, Busy> {
-        let stopped = self.network.stop_queue(self.port, index, deadline);
-        stopped.flatten().ok_or(Busy { index, in_flight: 0 })
+    /// The network's thread waits for nobody: a queue stops as soon as it is that task's turn.
+    fn stop_queue(&self, index: u16, deadline: Instant) -> Result<Option<RingState>, Busy> {
+        self.network.stop_queue(self.port, index, deadline).ok_or(Busy { index, in_flight: 0 })
     }
 
     fn reset(&self) {}

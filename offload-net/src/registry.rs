@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
@@ -30,14 +31,40 @@ struct Inner {
     store: Store,
     /// Held while a network is made or deleted: rare, and never by a data thread.
     networks: Mutex<BTreeMap<String, Entry>>,
+    /// Devices made so far.
+    made: AtomicU64,
 }
 
 #[derive(Debug)]
 struct Entry {
     spec: NetworkSpec,
-    network: Arc<Network>,
+    /// `None`: it could not be made again. Whoever needs it tries, and hears why not.
+    network: Option<Arc<Network>>,
     /// By id.
-    devices: BTreeMap<String, MacAddr>,
+    devices: BTreeMap<String, Plug>,
+}
+
+/// A device's place in its network.
+#[derive(Debug)]
+struct Plug {
+    mac: MacAddr,
+    /// Which device it is of those that had this id.
+    number: u64,
+}
+
+impl Entry {
+    fn new(spec: NetworkSpec, network: Option<Network>) -> Self {
+        Self { spec, network: network.map(Arc::new), devices: BTreeMap::new() }
+    }
+
+    /// The network, made again if it was not there.
+    fn network(&mut self) -> Result<&Arc<Network>, Error> {
+        if self.network.is_none() {
+            self.network = Some(Arc::new(restart(&self.spec)?));
+            tracing::info!(network = self.spec.id, "network is back");
+        }
+        self.network.as_ref().ok_or_else(|| not_found(&self.spec.id))
+    }
 }
 
 /// A network's specification, checked.
@@ -56,17 +83,17 @@ impl Networks {
         let store = Store::open(directory)?;
         let mut networks = BTreeMap::new();
         for spec in store.load()? {
-            match restart(&spec) {
-                Ok(network) => {
-                    tracing::info!(network = spec.id, "network is back");
-                    let entry =
-                        Entry { spec: spec.clone(), network: Arc::new(network), devices: BTreeMap::new() };
-                    networks.insert(spec.id, entry);
-                }
-                Err(e) => tracing::error!(network = spec.id, "network cannot be made again: {e}"),
+            let mut entry = Entry::new(spec, None);
+            if let Err(e) = entry.network() {
+                let id = &entry.spec.id;
+                tracing::error!(
+                    network = id,
+                    "network cannot be made again, and is tried again when needed: {e}"
+                );
             }
+            networks.insert(entry.spec.id.clone(), entry);
         }
-        Ok(Self(Arc::new(Inner { store, networks: Mutex::new(networks) })))
+        Ok(Self(Arc::new(Inner { store, networks: Mutex::new(networks), made: AtomicU64::new(0) })))
     }
 
     /// Makes a network; the same one a second time is fine. Answers with the devices in it.
@@ -76,8 +103,9 @@ impl Networks {
     pub fn create(&self, spec: &NetworkSpec, validate_only: bool) -> Result<Vec<String>, Error> {
         let checked = check(spec)?;
         let mut networks = self.lock();
-        if let Some(existing) = networks.get(&spec.id) {
+        if let Some(existing) = networks.get_mut(&spec.id) {
             if existing.spec == *spec {
+                existing.network()?;
                 return Ok(existing.devices.keys().cloned().collect());
             }
             return Err(Error::new(
@@ -99,9 +127,7 @@ impl Networks {
         self.0.store.save(spec)?;
         match start(&spec.id, checked) {
             Ok(network) => {
-                let entry =
-                    Entry { spec: spec.clone(), network: Arc::new(network), devices: BTreeMap::new() };
-                networks.insert(spec.id.clone(), entry);
+                networks.insert(spec.id.clone(), Entry::new(spec.clone(), Some(network)));
                 tracing::info!(network = spec.id, tap = spec.tap, "network created");
                 Ok(Vec::new())
             }
@@ -129,7 +155,10 @@ impl Networks {
             .resource(id)
             .remedy("delete the virtual machines that use it first"));
         }
-        entry.network.remove_uplink()?;
+        match &entry.network {
+            Some(network) => network.remove_uplink()?,
+            None => remove_left_over(&entry.spec)?,
+        }
         self.0.store.remove(id)?;
         networks.remove(id);
         tracing::info!(network = id, "network deleted");
@@ -152,7 +181,7 @@ impl DeviceFactory for Networks {
         let networks = self.lock();
         let entry = networks.get(&net.network).ok_or_else(|| not_found(&net.network))?;
         let settings = Settings::check(net, mtu_of(&entry.spec))?;
-        match entry.devices.iter().find(|(id, mac)| **id != spec.id && **mac == settings.mac) {
+        match entry.devices.iter().find(|(id, plug)| **id != spec.id && plug.mac == settings.mac) {
             Some(_) => Err(mac_taken(settings.mac)),
             None => Ok(settings.identity()),
         }
@@ -163,9 +192,11 @@ impl DeviceFactory for Networks {
         let mut networks = self.lock();
         let entry = networks.get_mut(&net.network).ok_or_else(|| not_found(&net.network))?;
         let settings = Settings::check(net, mtu_of(&entry.spec))?;
-        let device = NetDevice::plug(&settings, entry.network.clone())?;
-        entry.devices.insert(spec.id.clone(), settings.mac);
-        let member = Member { networks: self.clone(), network: net.network.clone(), id: spec.id.clone() };
+        let device = NetDevice::plug(&settings, entry.network()?.clone())?;
+        let number = self.0.made.fetch_add(1, Ordering::Relaxed);
+        entry.devices.insert(spec.id.clone(), Plug { mac: settings.mac, number });
+        let member =
+            Member { networks: self.clone(), network: net.network.clone(), id: spec.id.clone(), number };
         Ok(Arc::new(Plugged { device, member }))
     }
 }
@@ -180,6 +211,7 @@ struct Member {
     networks: Networks,
     network: String,
     id: String,
+    number: u64,
 }
 
 impl Device for Plugged {
@@ -203,7 +235,7 @@ impl Device for Plugged {
         &self,
         index: u16,
         deadline: Instant,
-    ) -> Result<offload_card::RingState, offload_card::Busy> {
+    ) -> Result<Option<offload_card::RingState>, offload_card::Busy> {
         self.device.stop_queue(index, deadline)
     }
 
@@ -213,8 +245,12 @@ impl Device for Plugged {
 
     fn close(&self) {
         self.device.close();
-        if let Some(entry) = self.member.networks.lock().get_mut(&self.member.network) {
-            entry.devices.remove(&self.member.id);
+        let Member { networks, network, id, number } = &self.member;
+        if let Some(entry) = networks.lock().get_mut(network)
+            // A device that took long to end may have a successor of that name.
+            && entry.devices.get(id).is_some_and(|plug| plug.number == *number)
+        {
+            entry.devices.remove(id);
         }
     }
 }
@@ -277,12 +313,18 @@ fn restart(spec: &NetworkSpec) -> Result<Network, Error> {
             Ok(tap) => Uplink::Up(spec, tap),
             Err(e) => {
                 tracing::error!("{e}; the network is there without its uplink, which is tried again");
-                Uplink::Down(spec, Instant::now())
+                Uplink::Down(spec)
             }
         },
         None => Uplink::None,
     };
     Network::start(&spec.id, checked.mtu, uplink)
+}
+
+/// Removes the TAP of a network that could not be made again, if there is one.
+fn remove_left_over(spec: &NetworkSpec) -> Result<(), Error> {
+    let there = !spec.tap.is_empty() && nix::net::if_::if_nametoindex(spec.tap.as_str()).is_ok();
+    if there { tap::Tap::open(&spec.tap)?.remove() } else { Ok(()) }
 }
 
 fn not_found(id: &str) -> Error {
@@ -335,6 +377,37 @@ mod tests {
         networks.delete("a").unwrap();
         assert_eq!(networks.delete("a").unwrap_err().reason(), ErrorReason::NetworkNotFound);
         assert!(Networks::open(dir.path().join("networks")).unwrap().list().is_empty());
+    }
+
+    #[test]
+    fn a_device_that_ends_late_takes_nothing_from_its_successor() {
+        let dir = tempfile::tempdir().unwrap();
+        let networks = Networks::open(dir.path().join("networks")).unwrap();
+        networks.create(&spec("a"), false).unwrap();
+        let make = |last| {
+            DeviceFactory::create(&networks, &device("d", "a", last), ConfigNotifier::default()).unwrap()
+        };
+        let (old, new) = (make(1), make(2));
+        old.close();
+        assert_eq!(networks.list(), [(spec("a"), vec!["d".to_owned()])]);
+        assert_eq!(networks.delete("a").unwrap_err().reason(), ErrorReason::NetworkInUse);
+        new.close();
+        networks.delete("a").unwrap();
+    }
+
+    #[test]
+    fn a_network_that_cannot_be_made_again_is_kept_and_says_why() {
+        let temporary = tempfile::tempdir().unwrap();
+        let dir = temporary.path().join("networks");
+        // A record that this version refuses.
+        let bad = NetworkSpec { mtu: 67, ..spec("a") };
+        Store::open(dir.clone()).unwrap().save(&bad).unwrap();
+        let networks = Networks::open(dir.clone()).unwrap();
+        assert_eq!(networks.list(), [(bad, vec![])]);
+        let e = DeviceFactory::create(&networks, &device("d", "a", 1), ConfigNotifier::default());
+        assert!(e.err().unwrap().message().contains("MTU 67"));
+        networks.delete("a").unwrap();
+        assert!(Networks::open(dir).unwrap().list().is_empty());
     }
 
     #[test]

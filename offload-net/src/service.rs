@@ -1,14 +1,27 @@
 //! The gRPC service `NetworkCard`.
 
-use proto::error::Error;
+use proto::error::{Error, ErrorReason};
 use proto::v1::network_card_server::NetworkCard;
 use proto::v1::{
     CreateNetworkRequest, DeleteNetworkRequest, DeleteNetworkResponse, ListNetworksRequest,
     ListNetworksResponse, Network, NetworkSpec,
 };
-use tonic::{Request, Response, Status};
+use tonic::{Code, Request, Response, Status};
 
 use crate::registry::Networks;
+
+impl Networks {
+    /// Runs what waits for the kernel or a network's thread away from the service's own thread, which all calls share.
+    async fn blocking<T: Send + 'static>(
+        &self,
+        work: impl FnOnce(&Self) -> Result<T, Error> + Send + 'static,
+    ) -> Result<T, Error> {
+        let networks = self.clone();
+        tokio::task::spawn_blocking(move || work(&networks)).await.unwrap_or_else(|e| {
+            Err(Error::new(Code::Internal, ErrorReason::Internal, format!("the call ended: {e}")))
+        })
+    }
+}
 
 #[tonic::async_trait]
 impl NetworkCard for Networks {
@@ -19,7 +32,10 @@ impl NetworkCard for Networks {
         let request = request.into_inner();
         let spec =
             request.spec.ok_or_else(|| Error::invalid_field("spec", "the request has no network in it"))?;
-        let devices = self.create(&spec, request.validate_only)?;
+        let devices = {
+            let spec = spec.clone();
+            self.blocking(move |networks| networks.create(&spec, request.validate_only)).await?
+        };
         Ok(Response::new(answer(spec, devices)))
     }
 
@@ -27,7 +43,8 @@ impl NetworkCard for Networks {
         &self,
         request: Request<DeleteNetworkRequest>,
     ) -> Result<Response<DeleteNetworkResponse>, Status> {
-        self.delete(&request.into_inner().id)?;
+        let id = request.into_inner().id;
+        self.blocking(move |networks| networks.delete(&id)).await?;
         Ok(Response::new(DeleteNetworkResponse {}))
     }
 
@@ -35,7 +52,8 @@ impl NetworkCard for Networks {
         &self,
         _request: Request<ListNetworksRequest>,
     ) -> Result<Response<ListNetworksResponse>, Status> {
-        let networks = self.list().into_iter().map(|(spec, devices)| answer(spec, devices)).collect();
+        let networks = self.blocking(|networks| Ok(networks.list())).await?;
+        let networks = networks.into_iter().map(|(spec, devices)| answer(spec, devices)).collect();
         Ok(Response::new(ListNetworksResponse { networks }))
     }
 }

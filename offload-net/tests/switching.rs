@@ -200,22 +200,55 @@ fn frames_wait_a_moment_for_buffers() {
 }
 
 #[test]
-fn a_frame_that_does_not_fit_takes_no_buffers() {
+fn a_frame_that_does_not_fit_is_dropped() {
     let network = network();
     let mut a = Guest::new(1, FULL);
     a.plug(&network);
-    // Not mergeable, and too small: dropped at once. Four mergeable ones, too small together: dropped after a while.
-    for (last, features) in [(2, BASE), (3, FULL)] {
+    // Not mergeable, and too small: dropped at once, and the buffer comes back empty. Four mergeable ones, too small
+    // together: dropped after a while, and they wait for something smaller.
+    for (last, features, empty) in [(2, BASE, 1), (3, FULL, 0)] {
         let mut b = Guest::new(last, features);
         b.fill_rx(4, 200);
         b.plug(&network);
         a.send(&frame(b.mac, a.mac, 1, 1400));
+        for _ in 0..empty {
+            assert_eq!(b.rx.wait_used(PATIENCE).unwrap().1, 0);
+        }
         assert!(b.receives_nothing());
         std::thread::sleep(offload_net::network::backlog::PATIENCE);
         a.send(&frame(b.mac, a.mac, 2, 100));
         assert_eq!(b.receive().unwrap().1, frame(b.mac, a.mac, 2, 100));
         assert_eq!(b.shared[0].counters.dropped.get(), 1);
     }
+}
+
+#[test]
+fn crumbs_are_looked_at_once_and_given_back() {
+    let network = network();
+    let (mut a, mut b) = two(&network, FULL, FULL);
+    let mut hostile = Guest::new(3, FULL);
+    hostile.fill_rx(255, 1);
+    let port = hostile.plug(&network);
+    let shared = hostile.shared[0].clone();
+    for i in 0..100 {
+        a.send(&frame(hostile.mac, a.mac, 0, 1400));
+        a.send(&frame(b.mac, a.mac, i, 64));
+        assert_eq!(b.receive().unwrap().1, frame(b.mac, a.mac, i, 64));
+        // They are kept for the next frame, not put back and taken again.
+        assert_eq!((shared.counters.requests.get(), shared.counters.in_flight.get()), (255, 255));
+    }
+    // One more, and it is clear that they will never do: it pays for new ones.
+    hostile.rx.add(&[(0x10_8000, 1, true)]).unwrap();
+    hostile.rx.kick();
+    for _ in 0..256 {
+        assert_eq!(hostile.rx.wait_used(PATIENCE).unwrap().1, 0);
+    }
+    // Held when it stops, they are as if never taken.
+    hostile.fill_rx(10, 1);
+    a.send(&frame(hostile.mac, a.mac, 0, 1400));
+    card::retry(|| if shared.counters.in_flight.get() == 10 { Ok(()) } else { Err("not held") });
+    let stopped = network.stop_queue(port, 0, std::time::Instant::now() + PATIENCE).unwrap().unwrap();
+    assert_eq!((stopped.next_avail, shared.counters.in_flight.get()), (256, 0));
 }
 
 #[test]
@@ -292,7 +325,7 @@ fn malformed_frames_are_dropped_and_counted() {
 fn malformed_rings_are_stopped_and_concern_nobody_else() {
     // Guest by guest: what it writes into which queue.
     type Crime = (&'static str, fn(&mut Guest));
-    let crimes: [Crime; 7] = [
+    let crimes: [Crime; 9] = [
         ("descriptor outside memory", |g| {
             g.tx.descriptor(0, 0xffff_ffff_ffff_0000, 100, 0, 0);
             g.tx.offer(0);
@@ -315,6 +348,14 @@ fn malformed_rings_are_stopped_and_concern_nobody_else() {
         ("indirect table of nothing", |g| {
             g.tx.descriptor(0, 0x200_0000, 0, INDIRECT, 0);
             g.tx.offer(0);
+        }),
+        ("receive buffer with a piece of no bytes", |g| {
+            g.rx.descriptor(0, 0x10_0000, 0, WRITE | NEXT, 1);
+            g.rx.descriptor(1, 0x10_0000, 100, WRITE, 0);
+            g.rx.offer(0);
+        }),
+        ("receive buffer in more pieces than anybody needs", |g| {
+            g.rx.add(&[(0x10_0000, 1, true); 65]).unwrap();
         }),
         ("receive buffer outside memory", |g| {
             g.rx.descriptor(0, 0x1_0000_0000, 100, WRITE, 0);

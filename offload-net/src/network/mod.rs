@@ -77,8 +77,13 @@ impl Network {
     }
 
     /// Gives a queue of a device to the network's thread.
-    pub fn start_queue(&self, port: PortId, ring: Ring) {
-        self.tell(Task::Start(port, Box::new(ring)));
+    ///
+    /// # Errors
+    /// The host cannot wait for its kicks; the ring is dropped, and what it has in flight stays recorded.
+    pub fn start_queue(&self, port: PortId, ring: Ring) -> Result<(), Error> {
+        let deadline = Instant::now() + PATIENCE;
+        self.ask(|reply| Task::Start(port, Box::new(ring), reply), deadline)
+            .unwrap_or_else(|| Err(no_answer()))
     }
 
     /// Takes it back. `None`: no answer before `deadline`. The inner `None`: it was not started.
@@ -91,7 +96,12 @@ impl Network {
     /// # Errors
     /// What the kernel refuses.
     pub fn remove_uplink(&self) -> Result<(), Error> {
-        self.ask(Task::RemoveUplink, Instant::now() + PATIENCE).unwrap_or_else(|| Err(no_answer()))
+        // The network's thread only lets go of it: deleting an interface can take the kernel a while.
+        match self.ask(Task::TakeUplink, Instant::now() + PATIENCE) {
+            Some(Some(tap)) => tap.remove(),
+            Some(None) => Ok(()),
+            None => Err(no_answer()),
+        }
     }
 
     fn tell(&self, task: Task) {

@@ -17,6 +17,10 @@ use crate::frame::{Frame, HEAD_MAX};
 /// Most buffers one frame is spread over: enough for a super-frame in buffers of 256 bytes. A guest that offers smaller
 /// ones would have the thread of its whole network collect crumbs.
 const BUFFERS_MAX: usize = 256;
+/// Longest chain we take as a buffer. Drivers use about 20 descriptors for what is not mergeable, else one.
+const DESCRIPTORS_MAX: u16 = 64;
+/// Most pieces of memory one frame is spread over, in all its buffers.
+const PIECES_MAX: usize = 2 * BUFFERS_MAX;
 
 /// Whether there is room for a frame.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -36,9 +40,15 @@ pub struct RxQueue {
     csum: bool,
     tso4: bool,
     tso6: bool,
-    /// The buffers being filled; kept, so that nothing is allocated per frame.
+    /// Buffers; kept, so that nothing is allocated per frame.
     chains: Vec<Chain>,
-    heads: Vec<u16>,
+    /// How many of `chains`, from the first on, are popped and not filled: those a frame found too few wait for the next,
+    /// so that no buffer is looked at twice.
+    held: usize,
+    /// Bytes in them.
+    room: usize,
+    /// Pieces of memory in them.
+    pieces: usize,
     /// Frames that wait for buffers.
     backlog: Backlog,
     /// Buffers have come since the backlog was looked at, without a kick.
@@ -56,6 +66,7 @@ impl RxQueue {
         let (tso4, tso6) = (csum && has(VIRTIO_NET_F_GUEST_TSO4), csum && has(VIRTIO_NET_F_GUEST_TSO6));
         // A guest that puts new buffers there need not say so: we look when a frame comes.
         ring.disable_kicks();
+        ring.limit_chains(DESCRIPTORS_MAX);
         Self {
             ring,
             mergeable,
@@ -63,7 +74,9 @@ impl RxQueue {
             tso4,
             tso6,
             chains: Vec::new(),
-            heads: Vec::with_capacity(BUFFERS_MAX),
+            held: 0,
+            room: 0,
+            pieces: 0,
             backlog: Backlog::default(),
             look_again: false,
             dirty: false,
@@ -149,6 +162,11 @@ impl RxQueue {
     /// A kick has come.
     pub fn kicked(&mut self) {
         self.ring.counters().kicks.add(1);
+        if self.ring.memory_changed() {
+            // They would keep what was removed; those that are still there come again.
+            self.put_back();
+            self.chains.iter_mut().for_each(Chain::clear);
+        }
         if !self.backlog.is_empty() {
             self.flush();
         }
@@ -181,10 +199,12 @@ impl RxQueue {
         // At most BUFFERS_MAX.
         let header = VnetHeader { num_buffers: buffers as u16, ..VnetHeader::of(&frame.offloads) }.to_bytes();
         let chains = &self.chains[..buffers];
-        let mut to = Scatter::new(chains.iter().flat_map(Chain::writable_slices));
-        to.put_bytes(&header);
-        to.put_bytes(frame.head);
-        frame.tail.for_each(frame.tail_bytes, |part| to.put(part));
+        {
+            let mut to = Scatter::new(chains.iter().flat_map(Chain::writable_slices));
+            to.put_bytes(&header);
+            to.put_bytes(frame.head);
+            frame.tail.for_each(frame.tail_bytes, |part| to.put(part));
+        }
         let mut left = need;
         for chain in chains {
             let n = left.min(chain.writable_len() as usize);
@@ -192,49 +212,80 @@ impl RxQueue {
             self.ring.push(chain.head(), n as u32);
             left -= n;
         }
+        self.let_go(buffers);
         self.ring.counters().bytes_in.add(frame.bytes() as u64);
         self.dirty = true;
         Room::Now
     }
 
-    /// Pops buffers for `need` bytes into the first elements of `chains` and answers how many; pops nothing if there
-    /// are not enough.
+    /// Sees to it that buffers for `need` bytes are held, and answers how many of those held it takes. If there are too
+    /// few, they stay held. If this guest's buffers are too small altogether, those held are given back empty: the guest
+    /// pays for new ones, and we do not look at the old ones again.
     fn gather(&mut self, need: usize) -> Result<usize, Room> {
         let most = if self.mergeable { BUFFERS_MAX } else { 1 };
-        let mut room = 0_usize;
-        for n in 0..most {
-            if n == self.chains.len() {
+        while self.room < need {
+            if self.held >= most || self.pieces > PIECES_MAX {
+                self.give_back_empty();
+                return Err(Room::Never);
+            }
+            if self.held == self.chains.len() {
                 self.chains.push(Chain::new());
             }
-            let chain = &mut self.chains[n];
+            let chain = &mut self.chains[self.held];
             match self.ring.pop(chain) {
                 Ok(true) => {}
-                Ok(false) => {
-                    self.put_back(n);
-                    return Err(if self.ring.is_broken() { Room::Never } else { Room::Later });
-                }
+                Ok(false) => return Err(if self.ring.is_broken() { Room::Never } else { Room::Later }),
                 Err(e) => {
-                    tracing::warn!(queue = self.ring.index(), "receive queue broken: {e}");
+                    self.ring.shared().log.say(|left_out| {
+                        tracing::warn!(queue = self.ring.index(), "receive queue broken: {e}{left_out}");
+                    });
                     return Err(Room::Never);
                 }
             }
-            if chain.writable_len() == 0 {
-                self.fail("a receive buffer without room to write".to_owned());
+            self.held += 1;
+            self.room = self.room.saturating_add(chain.writable_len() as usize);
+            self.pieces += chain.writable().len();
+            if chain.writable().is_empty() || usize::from(chain.descriptors()) > chain.writable().len() {
+                self.fail("a receive buffer with a descriptor that cannot be written".to_owned());
                 return Err(Room::Never);
             }
-            room = room.saturating_add(chain.writable_len() as usize);
+        }
+        let mut room = 0;
+        for (n, chain) in self.chains[..self.held].iter().enumerate() {
+            room += chain.writable_len() as usize;
             if room >= need {
                 return Ok(n + 1);
             }
         }
-        self.put_back(most);
-        Err(Room::Never)
+        Ok(self.held)
     }
 
-    fn put_back(&mut self, n: usize) {
-        self.heads.clear();
-        self.heads.extend(self.chains[..n].iter().rev().map(Chain::head));
-        self.ring.unpop(&self.heads);
+    /// The first `n` held buffers have been returned.
+    fn let_go(&mut self, n: usize) {
+        for chain in &self.chains[..n] {
+            self.room = self.room.saturating_sub(chain.writable_len() as usize);
+            self.pieces -= chain.writable().len();
+        }
+        if n < self.held {
+            self.chains[..self.held].rotate_left(n);
+        }
+        self.held -= n;
+    }
+
+    /// Returns all held buffers with nothing in them.
+    fn give_back_empty(&mut self) {
+        for chain in &self.chains[..self.held] {
+            self.ring.push(chain.head(), 0);
+        }
+        self.let_go(self.held);
+        self.dirty = true;
+    }
+
+    /// Puts all held buffers back, as if never popped.
+    fn put_back(&mut self) {
+        let newest_first: Vec<_> = self.chains[..self.held].iter().rev().map(Chain::head).collect();
+        self.ring.unpop(&newest_first);
+        (self.held, self.room, self.pieces) = (0, 0, 0);
     }
 
     /// [`RxQueue::settle`] is to be called.
@@ -256,6 +307,7 @@ impl RxQueue {
     /// Gives the ring back.
     pub fn stop(mut self) -> RingState {
         self.settle();
+        self.put_back();
         self.ring.counters().dropped.add(self.backlog.len() as u64);
         self.ring.stop()
     }

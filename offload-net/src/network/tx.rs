@@ -7,6 +7,9 @@ use crate::frame::header::{LEN, VnetHeader};
 use crate::frame::offload::{self, Allowed, Malformed};
 use crate::frame::{Bytes, Frame, HEAD_MAX, Memory};
 
+/// Longest chain we look at. Drivers use about 20 descriptors.
+const DESCRIPTORS_MAX: u16 = 1024;
+
 /// A started transmit queue.
 pub struct TxQueue {
     /// The ring.
@@ -39,6 +42,7 @@ impl TxQueue {
     /// Takes over a ring. It is looked at in the next turn: frames may be waiting.
     pub fn new(mut ring: Ring) -> Self {
         ring.disable_kicks();
+        ring.limit_chains(DESCRIPTORS_MAX);
         Self { chain: Chain::new(), active: true, allowed: allowed(ring.features()), ring }
     }
 

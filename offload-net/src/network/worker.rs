@@ -9,8 +9,9 @@ use std::io::ErrorKind;
 use std::sync::mpsc::SyncSender;
 
 use offload_card::poll::{Order, Poller, Receiver};
-use offload_card::ring::{Ring, RingError, RingState};
-use proto::error::Error;
+use offload_card::ring::{Ring, RingState};
+use proto::error::{Error, ErrorReason};
+use tonic::Code;
 use vm_memory::VolatileSlice;
 
 use super::rx::RxQueue;
@@ -20,6 +21,7 @@ use super::{RX, TX};
 use crate::frame::header::{LEN, VnetHeader};
 use crate::frame::offload::{self, Allowed};
 use crate::frame::{Bytes, FRAME_MAX, Frame, HEAD_MAX, Memory};
+use crate::host::tap::Tap;
 use crate::mac::MacAddr;
 use crate::switch::{DropReason, Egress, Ingress, PortId, Switch};
 
@@ -30,7 +32,11 @@ const BUDGET_BYTES: usize = 256 << 10;
 
 const ORDERS: u64 = 0;
 const UPLINK: u64 = 1;
-const FIRST_PORT: u64 = 2;
+/// A new TAP has been made.
+const NEW_TAP: u64 = 2;
+const FIRST_PORT: u64 = 3;
+/// A chain's descriptors cost its sender as much of [`BUDGET_BYTES`] as so many bytes each.
+const DESCRIPTOR_BYTES: usize = 128;
 
 /// What the network's thread is asked to do.
 #[derive(Debug)]
@@ -40,11 +46,11 @@ pub(super) enum Task {
     /// Unplug it. Its queues have been stopped.
     Unplug(PortId),
     /// A queue of a device starts.
-    Start(PortId, Box<Ring>),
+    Start(PortId, Box<Ring>, SyncSender<Result<(), Error>>),
     /// A queue of a device stops, if it was started.
     Stop(PortId, u16, SyncSender<Option<RingState>>),
-    /// Delete the uplink: the network is about to go.
-    RemoveUplink(SyncSender<Result<(), Error>>),
+    /// Let go of the uplink: the network is about to go, and the TAP with it.
+    TakeUplink(SyncSender<Option<Tap>>),
 }
 
 /// A device in the network.
@@ -96,7 +102,7 @@ impl Worker {
             dirty: Vec::new(),
             from_host: vec![0; LEN + FRAME_MAX],
         };
-        worker.uplink.watch(&worker.poller, UPLINK);
+        worker.uplink.watch(&worker.poller, UPLINK, NEW_TAP);
         Ok(worker)
     }
 
@@ -104,8 +110,7 @@ impl Worker {
     pub(super) fn run(mut self) {
         let mut tokens = Vec::new();
         loop {
-            let timeout =
-                if self.active.is_empty() { self.uplink.retry_in() } else { Some(std::time::Duration::ZERO) };
+            let timeout = if self.active.is_empty() { None } else { Some(std::time::Duration::ZERO) };
             match self.poller.wait(timeout) {
                 Ok(reported) => tokens.extend(reported),
                 Err(e) => {
@@ -120,10 +125,10 @@ impl Worker {
                     ORDERS if !self.take_tasks() => return,
                     ORDERS => {}
                     UPLINK => from_host = true,
+                    NEW_TAP => self.uplink.made(&self.poller, UPLINK, NEW_TAP),
                     queue => self.kicked(queue),
                 }
             }
-            self.uplink.retry(&self.poller, UPLINK);
             if from_host {
                 self.receive();
             }
@@ -160,16 +165,15 @@ impl Worker {
                     self.forget(id);
                 }
             }
-            Task::Start(id, ring) => self.start(id, *ring),
+            Task::Start(id, ring, reply) => {
+                let _ = reply.send(self.start(id, *ring));
+            }
             Task::Stop(id, index, reply) => {
                 let _ = reply.send(self.stop(id, index));
             }
-            Task::RemoveUplink(reply) => {
-                let uplink = std::mem::replace(&mut self.uplink, Uplink::None);
-                let _ = reply.send(match &uplink {
-                    Uplink::Up(_, tap) => tap.remove(),
-                    Uplink::None | Uplink::Down(..) => Ok(()),
-                });
+            Task::TakeUplink(reply) => {
+                let tap = std::mem::replace(&mut self.uplink, Uplink::None).take(&self.poller);
+                let _ = reply.send(tap);
             }
         }
     }
@@ -188,27 +192,29 @@ impl Worker {
         Some(id)
     }
 
-    fn start(&mut self, id: PortId, mut ring: Ring) {
-        let Some(port) = self.ports.get_mut(id.0).and_then(Option::as_mut) else { return };
+    fn start(&mut self, id: PortId, ring: Ring) -> Result<(), Error> {
+        let failed = |what: String| Error::new(Code::Internal, ErrorReason::Host, what);
+        let Some(port) = self.ports.get_mut(id.0).and_then(Option::as_mut) else {
+            return Err(failed("the device is not in the network any more".to_owned()));
+        };
         let token = token(id, ring.index());
-        let watched = self.poller.add_edge(ring.kick(), token);
-        if let Err(e) = watched {
-            // It is kept all the same, so that it can be given back.
-            ring.fail(&RingError::Request(format!("the host cannot wait for its kicks: {e}")));
-        }
+        self.poller
+            .add_edge(ring.kick(), token)
+            .map_err(|e| failed(format!("the host cannot wait for the queue's kicks: {e}")))?;
         match ring.index() {
             RX => port.rx = Some(RxQueue::new(ring)),
             TX => {
                 port.tx = Some(TxQueue::new(ring));
                 self.active.push_back(id);
             }
-            other => tracing::error!(queue = other, "a queue that network devices do not have"),
+            other => return Err(failed(format!("network devices have no queue {other}"))),
         }
+        Ok(())
     }
 
     fn stop(&mut self, id: PortId, index: u16) -> Option<RingState> {
         let port = self.ports.get_mut(id.0)?.as_mut()?;
-        // A kick that is not watched (see `start`) need not be removed; and if one stays, it finds no queue.
+        // If a kick stays watched, it finds no queue.
         if index == RX {
             let queue = port.rx.take()?;
             let _ = self.poller.remove(queue.kick());
@@ -262,7 +268,9 @@ impl Worker {
                 }
                 Ok(false) => more = false,
                 Err(e) => {
-                    tracing::warn!(network = self.name, device = %mac, "transmit queue broken: {e}");
+                    queue.ring.shared().log.say(|left_out| {
+                        tracing::warn!(network = self.name, device = %mac, "transmit queue broken: {e}{left_out}");
+                    });
                     more = false;
                 }
             }
@@ -273,7 +281,7 @@ impl Worker {
                 Ok(frame) => self.forward(&frame, Ingress::Port(id, mac)).map(|()| frame.bytes()),
                 Err(_) => Err(true),
             };
-            bytes += chain.readable_len() as usize;
+            bytes += chain.readable_len() as usize + DESCRIPTOR_BYTES * usize::from(chain.descriptors());
             let Some(queue) = tx_of(&mut self.ports, id) else { return false };
             let counters = queue.ring.counters();
             match outcome {
@@ -287,6 +295,10 @@ impl Worker {
         }
         if let Some(queue) = tx_of(&mut self.ports, id) {
             queue.ring.publish();
+            if queue.ring.memory_changed() {
+                // It has been returned, and may be all that keeps what was removed.
+                chain.clear();
+            }
             queue.chain = chain;
             queue.active = more;
         }
@@ -306,7 +318,7 @@ impl Worker {
                 Ok(n) => n,
                 Err(e) if e.kind() == ErrorKind::WouldBlock => break,
                 Err(e) => {
-                    self.uplink.lost(&self.poller, &e);
+                    self.uplink.lost(&self.poller, NEW_TAP, &e);
                     break;
                 }
             };
@@ -373,7 +385,7 @@ impl Worker {
         match tap.send(frame) {
             Ok(()) => Ok(()),
             Err(e) if e.raw_os_error() == Some(libc::EBADFD) => {
-                self.uplink.lost(&self.poller, &e);
+                self.uplink.lost(&self.poller, NEW_TAP, &e);
                 Err(false)
             }
             Err(_) => Err(false),

@@ -116,7 +116,7 @@ impl Guest {
     pub fn plug(&self, network: &Network) -> PortId {
         let port = network.plug(offload_net::mac::MacAddr(self.mac)).unwrap();
         for ring in self.rings(None) {
-            network.start_queue(port, ring);
+            network.start_queue(port, ring).unwrap();
         }
         port
     }
