@@ -6,7 +6,8 @@ lab_key() {
   local key
   key=$(cache_dir)/lab/id_ed25519
   if [[ ! -e $key ]]; then
-    mkdir -p -m 0700 "$(dirname "$key")"
+    mkdir -p "$(dirname "$key")"
+    chmod 0700 "$(dirname "$key")"
     ssh-keygen -q -t ed25519 -N '' -C outboard-lab -f "$key" >&2
   fi
   printf '%s\n' "$key"
