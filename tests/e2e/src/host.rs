@@ -1,7 +1,8 @@
 //! A whole host under test: both cards, the controller, and the `outboard` command, all in one directory.
 
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output};
+use std::process::{Child, Command, Output, Stdio};
 use std::time::Duration;
 
 use nix::sys::signal::{Signal, kill};
@@ -12,8 +13,21 @@ use crate::card::Card;
 use crate::process::Process;
 use crate::{SOON, binary, wait_until};
 
+/// Ends the hypervisors of a host whose test was killed: they are no children of ours, and outlive the controller on
+/// purpose. Its standard input ends when the test does, however that came; it has a process group of its own, so that it is not
+/// killed with it.
+const GUARDIAN: &str = r#"
+cat >/dev/null
+for process in /proc/[0-9]*; do
+    if tr '\0' '\n' <"$process/cmdline" 2>/dev/null | grep -qF -- "$1/run/vms/"; then
+        kill -9 "${process#/proc/}"
+    fi
+done
+"#;
+
 /// The processes of a host. Dropping it ends them, and every hypervisor the controller has started.
 pub struct Host {
+    guardian: Child,
     dir: tempfile::TempDir,
     /// The storage card.
     pub storage: Card,
@@ -26,10 +40,14 @@ impl Host {
     /// Starts everything, with an empty state. The calling thread should be in a network namespace of its own.
     pub fn start() -> Self {
         let dir = crate::temp_dir();
+        let mut guardian = Command::new("sh");
+        guardian.args(["-c", GUARDIAN, "guardian"]).arg(dir.path()).process_group(0);
+        guardian.stdin(Stdio::piped()).stdout(Stdio::null()).stderr(Stdio::null());
+        let guardian = guardian.spawn().expect("start sh");
         let storage = Card::start("offload-blk", dir.path());
         let network = Card::start("offload-net", dir.path());
         let controller = Self::spawn_controller(dir.path(), &storage, &network);
-        let host = Self { dir, storage, network, controller };
+        let host = Self { guardian, dir, storage, network, controller };
         host.wait_for_controller();
         host
     }
@@ -55,7 +73,17 @@ impl Host {
 
     /// SIGKILL to the controller, and a new one.
     pub fn kill9_controller_and_restart(&mut self) {
+        self.kill9_controller();
+        self.start_controller();
+    }
+
+    /// SIGKILL to the controller; there is none until [`Host::start_controller`].
+    pub fn kill9_controller(&mut self) {
         self.controller.kill9();
+    }
+
+    /// A new controller, after [`Host::kill9_controller`].
+    pub fn start_controller(&mut self) {
         self.controller = Self::spawn_controller(self.dir.path(), &self.storage, &self.network);
         self.wait_for_controller();
     }
@@ -121,11 +149,35 @@ impl Host {
         });
     }
 
-    /// All that is in the controller's runtime directory and the storage card's devices, to see that nothing is left.
+    /// The control socket of a VM's hypervisor, for what goes on while no controller runs.
+    pub fn hypervisor_socket(&self, id: &str) -> PathBuf {
+        self.dir.path().join("run/vms").join(id).join("control.sock")
+    }
+
+    /// What is left of VMs once there should be none: files of the controller and the cards. A VM must have been started.
+    ///
+    /// # Panics
+    /// If a directory is not where it should be: then nothing would ever be found in it.
     pub fn leftovers(&self) -> Vec<PathBuf> {
-        let dirs = ["run/vms", "offload-blk/devices", "offload-net/devices"].map(|d| self.dir.path().join(d));
-        let entries = dirs.iter().filter_map(|d| std::fs::read_dir(d).ok()).flatten();
-        entries.filter_map(|e| Some(e.ok()?.path())).collect()
+        self.entries(&["run/vms", "offload-blk/devices", "offload-net/devices"])
+    }
+
+    /// The same of networks: files of the card, and interfaces of the calling thread's network namespace.
+    pub fn network_leftovers(&self) -> Vec<PathBuf> {
+        let mut left = self.entries(&["offload-net/networks"]);
+        let interfaces = std::fs::read_to_string("/proc/thread-self/net/dev").expect("interfaces");
+        assert!(interfaces.contains("lo:"), "no namespace without a loopback: {interfaces}");
+        let names = interfaces.lines().filter_map(|l| Some(l.split_once(':')?.0.trim()));
+        left.extend(names.filter(|n| *n != "lo").map(PathBuf::from));
+        left
+    }
+
+    fn entries(&self, dirs: &[&str]) -> Vec<PathBuf> {
+        let read = |d: &&str| {
+            let dir = self.dir.path().join(d);
+            std::fs::read_dir(&dir).unwrap_or_else(|e| panic!("{}: {e}", dir.display()))
+        };
+        dirs.iter().flat_map(read).map(|e| e.expect("directory entry").path()).collect()
     }
 }
 
@@ -134,5 +186,7 @@ impl Drop for Host {
         for pid in self.hypervisors() {
             let _ = kill(Pid::from_raw(pid.cast_signed()), Signal::SIGKILL);
         }
+        drop(self.guardian.stdin.take());
+        let _ = self.guardian.wait();
     }
 }

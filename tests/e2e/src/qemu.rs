@@ -2,7 +2,7 @@
 
 use std::io::Read;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::Command;
 
 use proto::v1::{Device, SlotConfig};
 
@@ -12,17 +12,15 @@ use crate::{SOON, binary, wait_until};
 
 /// A QEMU that boots the bench guest with vhost-user devices.
 pub struct Qemu {
-    child: Child,
+    _process: Process,
     /// What the guest said.
     pub reports: Reports,
-    log: PathBuf,
 }
 
 impl Qemu {
     /// Boots with each device plugged in by `-device KIND,...`: `vhost-user-blk-pci` or `virtio-net-pci` on a vhost-user
     /// netdev, as its virtio id says.
     pub fn boot(dir: &Path, cmdline: &str, devices: &[&Device]) -> Self {
-        let log = dir.join("qemu.log");
         let mut command = Command::new("qemu-system-x86_64");
         command.args([
             "-enable-kvm",
@@ -74,10 +72,7 @@ impl Qemu {
                 other => panic!("no QEMU device for virtio id {other}"),
             }
         }
-        let stderr = std::fs::File::create(&log).expect("log file");
-        command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(stderr);
-        let mut child = command.spawn().expect("start qemu-system-x86_64 (package qemu-system-x86)");
-        let mut stdout = child.stdout.take().expect("stdout");
+        let (process, mut stdout) = Process::spawn_piped(&mut command, &dir.join("qemu.log"));
         let reports = Reports::default();
         let feed = reports.clone();
         std::thread::spawn(move || {
@@ -87,17 +82,7 @@ impl Qemu {
             }
             feed.close();
         });
-        Self { child, reports, log }
-    }
-}
-
-impl Drop for Qemu {
-    fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-        if std::thread::panicking() {
-            eprintln!("--- qemu\n{}", std::fs::read_to_string(&self.log).unwrap_or_default());
-        }
+        Self { _process: process, reports }
     }
 }
 

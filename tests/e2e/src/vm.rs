@@ -8,8 +8,8 @@ use std::time::Duration;
 use proto::v1::hypervisor_client::HypervisorClient;
 use proto::v1::{
     BootRequest, BootSource, ConfigureRequest, ConsoleInput, Device, EventsRequest, GetInfoRequest,
-    GetStatsRequest, HypervisorConfig, HypervisorEvent, HypervisorInfo, HypervisorStats, ShutdownMode,
-    ShutdownRequest, SlotConfig, hypervisor_event::Event,
+    GetStatsRequest, HypervisorConfig, HypervisorEvent, HypervisorInfo, HypervisorStats, PauseRequest,
+    ResetRequest, ResumeRequest, ShutdownMode, ShutdownRequest, SlotConfig, hypervisor_event::Event,
 };
 use tokio::runtime::Runtime;
 use tokio_stream::StreamExt;
@@ -134,6 +134,21 @@ impl Vm {
     /// Asks for its end.
     pub fn shutdown(&mut self, mode: ShutdownMode) -> Result<(), Status> {
         self.runtime.block_on(self.client.shutdown(ShutdownRequest { mode: mode.into() })).map(drop)
+    }
+
+    /// Resets the guest.
+    pub fn reset(&mut self) -> Result<(), Status> {
+        self.runtime.block_on(self.client.reset(ResetRequest {})).map(drop)
+    }
+
+    /// Pauses the guest.
+    pub fn pause(&mut self) -> Result<(), Status> {
+        self.runtime.block_on(self.client.pause(PauseRequest {})).map(drop)
+    }
+
+    /// Lets a paused guest go on.
+    pub fn resume(&mut self) -> Result<(), Status> {
+        self.runtime.block_on(self.client.resume(ResumeRequest {})).map(drop)
     }
 
     /// The process.
