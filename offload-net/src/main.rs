@@ -3,6 +3,7 @@
 use std::process::ExitCode;
 
 use clap::Parser;
+use offload_card::poll::PollArgs;
 use offload_card::runtime::{self, CardArgs, Parts};
 use offload_net::registry::Networks;
 use proto::v1::network_card_server::NetworkCardServer;
@@ -16,12 +17,14 @@ use proto::v1::network_card_server::NetworkCardServer;
 struct Args {
     #[command(flatten)]
     card: CardArgs,
+    #[command(flatten)]
+    poll: PollArgs,
 }
 
 fn main() -> ExitCode {
     let args = Args::parse();
     runtime::run("offload-net", env!("CARGO_PKG_VERSION"), &args.card, |directory| {
-        let networks = Networks::open(directory.join("networks"))?;
+        let networks = Networks::open(directory.join("networks"), args.poll.policy())?;
         let mut parts = Parts { factory: networks.clone(), routes: Default::default() };
         parts.routes.add_service(NetworkCardServer::new(networks));
         Ok(parts)

@@ -6,6 +6,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
+use offload_card::poll::PollPolicy;
 use offload_card::{ConfigNotifier, Device, DeviceFactory, Identity};
 use proto::error::{Error, ErrorReason};
 use proto::v1::device_spec::Kind;
@@ -33,6 +34,8 @@ struct Inner {
     networks: Mutex<BTreeMap<String, Entry>>,
     /// Devices made so far.
     made: AtomicU64,
+    /// Of all networks' threads.
+    policy: PollPolicy,
 }
 
 #[derive(Debug)]
@@ -58,9 +61,9 @@ impl Entry {
     }
 
     /// The network, made again if it was not there.
-    fn network(&mut self) -> Result<&Arc<Network>, Error> {
+    fn network(&mut self, policy: PollPolicy) -> Result<&Arc<Network>, Error> {
         if self.network.is_none() {
-            self.network = Some(Arc::new(restart(&self.spec)?));
+            self.network = Some(Arc::new(restart(&self.spec, policy)?));
             tracing::info!(network = self.spec.id, "network is back");
         }
         self.network.as_ref().ok_or_else(|| not_found(&self.spec.id))
@@ -79,12 +82,12 @@ impl Networks {
     ///
     /// # Errors
     /// The directory cannot be made or read.
-    pub fn open(directory: PathBuf) -> Result<Self, Error> {
+    pub fn open(directory: PathBuf, policy: PollPolicy) -> Result<Self, Error> {
         let store = Store::open(directory)?;
         let mut networks = BTreeMap::new();
         for spec in store.load()? {
             let mut entry = Entry::new(spec, None);
-            if let Err(e) = entry.network() {
+            if let Err(e) = entry.network(policy) {
                 let id = &entry.spec.id;
                 tracing::error!(
                     network = id,
@@ -93,7 +96,7 @@ impl Networks {
             }
             networks.insert(entry.spec.id.clone(), entry);
         }
-        Ok(Self(Arc::new(Inner { store, networks: Mutex::new(networks), made: AtomicU64::new(0) })))
+        Ok(Self(Arc::new(Inner { store, networks: Mutex::new(networks), made: AtomicU64::new(0), policy })))
     }
 
     /// Makes a network; the same one a second time is fine. Answers with the devices in it.
@@ -105,7 +108,7 @@ impl Networks {
         let mut networks = self.lock();
         if let Some(existing) = networks.get_mut(&spec.id) {
             if existing.spec == *spec {
-                existing.network()?;
+                existing.network(self.0.policy)?;
                 return Ok(existing.devices.keys().cloned().collect());
             }
             return Err(Error::new(
@@ -125,7 +128,7 @@ impl Networks {
         }
         // Written first: a card killed from here on makes the TAP again, and DeleteNetwork finds it.
         self.0.store.save(spec)?;
-        match start(&spec.id, checked) {
+        match start(&spec.id, checked, self.0.policy) {
             Ok(network) => {
                 networks.insert(spec.id.clone(), Entry::new(spec.clone(), Some(network)));
                 tracing::info!(network = spec.id, tap = spec.tap, "network created");
@@ -192,7 +195,7 @@ impl DeviceFactory for Networks {
         let mut networks = self.lock();
         let entry = networks.get_mut(&net.network).ok_or_else(|| not_found(&net.network))?;
         let settings = Settings::check(net, mtu_of(&entry.spec))?;
-        let device = NetDevice::plug(&settings, entry.network()?.clone())?;
+        let device = NetDevice::plug(&settings, entry.network(self.0.policy)?.clone())?;
         let number = self.0.made.fetch_add(1, Ordering::Relaxed);
         entry.devices.insert(spec.id.clone(), Plug { mac: settings.mac, number });
         let member =
@@ -294,7 +297,7 @@ fn check(spec: &NetworkSpec) -> Result<Checked, Error> {
 }
 
 /// A new network: the TAP must be there, or there is no network.
-fn start(id: &str, checked: Checked) -> Result<Network, Error> {
+fn start(id: &str, checked: Checked, policy: PollPolicy) -> Result<Network, Error> {
     let uplink = match checked.uplink {
         Some(spec) => {
             let tap = spec.open()?;
@@ -302,11 +305,11 @@ fn start(id: &str, checked: Checked) -> Result<Network, Error> {
         }
         None => Uplink::None,
     };
-    Network::start(id, checked.mtu, uplink)
+    Network::start(id, checked.mtu, uplink, policy)
 }
 
 /// A network from before: it is there, with or without the TAP.
-fn restart(spec: &NetworkSpec) -> Result<Network, Error> {
+fn restart(spec: &NetworkSpec, policy: PollPolicy) -> Result<Network, Error> {
     let checked = check(spec)?;
     let uplink = match checked.uplink {
         Some(spec) => match spec.open() {
@@ -318,7 +321,7 @@ fn restart(spec: &NetworkSpec) -> Result<Network, Error> {
         },
         None => Uplink::None,
     };
-    Network::start(&spec.id, checked.mtu, uplink)
+    Network::start(&spec.id, checked.mtu, uplink, policy)
 }
 
 /// Removes the TAP of a network that could not be made again, if there is one.
@@ -353,7 +356,7 @@ mod tests {
     #[test]
     fn networks_are_made_once_kept_and_deleted_when_empty() {
         let dir = tempfile::tempdir().unwrap();
-        let networks = Networks::open(dir.path().join("networks")).unwrap();
+        let networks = Networks::open(dir.path().join("networks"), PollPolicy::default()).unwrap();
         networks.create(&spec("a"), false).unwrap();
         networks.create(&spec("a"), false).unwrap();
         networks.create(&spec("b"), true).unwrap();
@@ -370,19 +373,21 @@ mod tests {
         assert_eq!(networks.delete("a").unwrap_err().reason(), ErrorReason::NetworkInUse);
 
         // What a card finds that comes after this one.
-        let again = Networks::open(dir.path().join("networks")).unwrap();
+        let again = Networks::open(dir.path().join("networks"), PollPolicy::default()).unwrap();
         assert_eq!(again.list(), [(spec("a"), vec![])]);
 
         d.close();
         networks.delete("a").unwrap();
         assert_eq!(networks.delete("a").unwrap_err().reason(), ErrorReason::NetworkNotFound);
-        assert!(Networks::open(dir.path().join("networks")).unwrap().list().is_empty());
+        assert!(
+            Networks::open(dir.path().join("networks"), PollPolicy::default()).unwrap().list().is_empty()
+        );
     }
 
     #[test]
     fn a_device_that_ends_late_takes_nothing_from_its_successor() {
         let dir = tempfile::tempdir().unwrap();
-        let networks = Networks::open(dir.path().join("networks")).unwrap();
+        let networks = Networks::open(dir.path().join("networks"), PollPolicy::default()).unwrap();
         networks.create(&spec("a"), false).unwrap();
         let make = |last| {
             DeviceFactory::create(&networks, &device("d", "a", last), ConfigNotifier::default()).unwrap()
@@ -402,18 +407,18 @@ mod tests {
         // A record that this version refuses.
         let bad = NetworkSpec { mtu: 67, ..spec("a") };
         Store::open(dir.clone()).unwrap().save(&bad).unwrap();
-        let networks = Networks::open(dir.clone()).unwrap();
+        let networks = Networks::open(dir.clone(), PollPolicy::default()).unwrap();
         assert_eq!(networks.list(), [(bad, vec![])]);
         let e = DeviceFactory::create(&networks, &device("d", "a", 1), ConfigNotifier::default());
         assert!(e.err().unwrap().message().contains("MTU 67"));
         networks.delete("a").unwrap();
-        assert!(Networks::open(dir).unwrap().list().is_empty());
+        assert!(Networks::open(dir, PollPolicy::default()).unwrap().list().is_empty());
     }
 
     #[test]
     fn bad_specifications_leave_nothing_behind() {
         let dir = tempfile::tempdir().unwrap();
-        let networks = Networks::open(dir.path().join("networks")).unwrap();
+        let networks = Networks::open(dir.path().join("networks"), PollPolicy::default()).unwrap();
         let tap = |tap: &str, a: &[&str]| NetworkSpec {
             tap: tap.to_owned(),
             host_addresses: a.iter().map(|a| (*a).to_owned()).collect(),
@@ -436,13 +441,15 @@ mod tests {
             assert!(networks.create(&spec, false).is_err(), "{spec:?}");
         }
         assert!(networks.list().is_empty());
-        assert!(Networks::open(dir.path().join("networks")).unwrap().list().is_empty());
+        assert!(
+            Networks::open(dir.path().join("networks"), PollPolicy::default()).unwrap().list().is_empty()
+        );
     }
 
     #[test]
     fn devices_need_a_network() {
         let dir = tempfile::tempdir().unwrap();
-        let networks = Networks::open(dir.path().join("networks")).unwrap();
+        let networks = Networks::open(dir.path().join("networks"), PollPolicy::default()).unwrap();
         let e = networks.validate(&device("d", "nowhere", 1)).unwrap_err();
         assert_eq!(e.reason(), ErrorReason::NetworkNotFound);
         assert!(networks.validate(&DeviceSpec { id: "d".to_owned(), kind: None }).is_err());

@@ -4,14 +4,20 @@ mod common;
 
 use common::queue::{INDIRECT, NEXT, WRITE};
 use common::*;
+use offload_card::poll::{PollMode, PollPolicy};
 use offload_net::frame::header::VnetHeader;
 use offload_net::network::Network;
 use offload_net::network::uplink::Uplink;
 use proptest::prelude::*;
 use virtio_bindings::virtio_net::*;
 
+fn network_that_polls(mode: PollMode) -> Network {
+    let policy = PollPolicy { mode, ..PollPolicy::default() };
+    Network::start("test", 1500, Uplink::None, policy).unwrap()
+}
+
 fn network() -> Network {
-    Network::start("test", 1500, Uplink::None).unwrap()
+    network_that_polls(PollMode::default())
 }
 
 /// Two guests with these features and mergeable-sized receive buffers.
@@ -59,9 +65,45 @@ fn frames_arrive_in_order_and_none_is_lost_while_there_is_room() {
 
 #[test]
 fn no_wake_up_is_ever_missed() {
-    const ROUNDS: u32 = 5000;
+    for mode in [PollMode::Never, PollMode::Adaptive] {
+        there_and_back(&network_that_polls(mode));
+    }
+}
+
+#[test]
+fn a_network_that_polls_takes_no_kicks_and_one_that_does_not_sleeps() {
+    for (mode, polls) in [(PollMode::Always, true), (PollMode::Never, false)] {
+        let network = network_that_polls(mode);
+        let (mut a, mut b) = two(&network, FULL, FULL);
+        for i in 0..100 {
+            a.send(&frame(b.mac, a.mac, i, 60));
+            assert!(b.receive().is_some());
+        }
+        let counters = &a.shared[1].counters;
+        assert_eq!(counters.poll_hits.get() > 0, polls);
+        // The first frame of a fresh ring kicks in any case.
+        assert_eq!((counters.kicks.get() > 1, counters.sleeps.get() > 0), (!polls, !polls));
+        // Tasks are seen all the same.
+        let soon = std::time::Instant::now() + PATIENCE;
+        assert!(network.stop_queue(offload_net::switch::PortId(0), 1, soon).unwrap().is_some());
+    }
+}
+
+#[test]
+fn a_network_that_polls_adaptively_sleeps_when_idle() {
     let network = network();
     let (mut a, mut b) = two(&network, FULL, FULL);
+    for i in 0..200 {
+        a.send(&frame(b.mac, a.mac, i, 60));
+        assert!(b.receive().is_some());
+    }
+    // However far it looks, it ends asleep, with kicks asked for.
+    card::retry(|| if a.tx.kick_wanted() { Ok(()) } else { Err("still looking") });
+}
+
+fn there_and_back(network: &Network) {
+    const ROUNDS: u32 = 5000;
+    let (mut a, mut b) = two(network, FULL, FULL);
     let (to_a, to_b) = (frame(a.mac, b.mac, 0, 60), frame(b.mac, a.mac, 0, 60));
     let echo = std::thread::spawn(move || {
         (0..ROUNDS).all(|_| {

@@ -169,7 +169,7 @@ impl<F: DeviceFactory> Registry<F> {
                 }
             }
         }
-        let place = match device.and_then(|device| self.serve(&spec, device, &notifier)) {
+        let place = match device.and_then(|device| self.serve(&spec, &device, &notifier)) {
             Ok(live) => {
                 info!("device {id} is back");
                 Place::Live(Arc::new(live))
@@ -194,13 +194,13 @@ impl<F: DeviceFactory> Registry<F> {
     fn make(&self, spec: &DeviceSpec) -> Result<Live, Error> {
         let notifier = ConfigNotifier::default();
         let device = self.factory.create(spec, notifier.clone())?;
-        self.serve(spec, device, &notifier)
+        self.serve(spec, &device, &notifier)
     }
 
     fn serve(
         &self,
         spec: &DeviceSpec,
-        device: Arc<dyn Device>,
+        device: &Arc<dyn Device>,
         notifier: &ConfigNotifier,
     ) -> Result<Live, Error> {
         let identity = device.identity().clone();

@@ -10,7 +10,7 @@ use std::sync::mpsc::{self, SyncSender};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use offload_card::poll::{Sender, mailbox};
+use offload_card::poll::{PollPolicy, Sender, mailbox};
 use offload_card::ring::{Ring, RingState};
 use proto::error::{Error, ErrorReason};
 use tonic::Code;
@@ -42,14 +42,14 @@ impl Network {
     ///
     /// # Errors
     /// The host has no thread or file descriptor to give.
-    pub fn start(id: &str, mtu: u32, uplink: Uplink) -> Result<Self, Error> {
+    pub fn start(id: &str, mtu: u32, uplink: Uplink, policy: PollPolicy) -> Result<Self, Error> {
         let failed = |e: std::io::Error| {
             Error::new(Code::ResourceExhausted, ErrorReason::Host, format!("network {id} cannot start: {e}"))
                 .resource(id)
                 .remedy("raise the service's limits on tasks and open files")
         };
         let (tasks, receiver) = mailbox().map_err(failed)?;
-        let worker = Worker::new(id.to_owned(), mtu, receiver, uplink).map_err(failed)?;
+        let worker = Worker::new(id.to_owned(), mtu, receiver, uplink, policy).map_err(failed)?;
         // The kernel shows 15 characters.
         let thread = std::thread::Builder::new()
             .name(format!("net-{id}"))

@@ -4,11 +4,10 @@
 //! a stalled device could hold. A turn takes at most [`BUDGET`] frames or [`BUDGET_BYTES`] from each source, so that a
 //! flood from one leaves the others their share.
 
-use std::collections::VecDeque;
 use std::io::ErrorKind;
 use std::sync::mpsc::SyncSender;
 
-use offload_card::poll::{Order, Poller, Receiver};
+use offload_card::poll::{Next, Order, Pacer, PollPolicy, Poller, Receiver};
 use offload_card::ring::{Ring, RingState};
 use proto::error::{Error, ErrorReason};
 use tonic::Code;
@@ -29,6 +28,9 @@ use crate::switch::{DropReason, Egress, Ingress, PortId, Switch};
 const BUDGET: usize = 64;
 /// And bytes: receivers are told at the end of a turn, and are to work on what they got while we go on.
 const BUDGET_BYTES: usize = 256 << 10;
+
+/// How many looks at the queues and frames from them come between two questions for events: tasks, kicks, the host.
+const EVENTS_AFTER: usize = 32;
 
 const ORDERS: u64 = 0;
 const UPLINK: u64 = 1;
@@ -69,8 +71,10 @@ pub(super) struct Worker {
     uplink: Uplink,
     switch: Switch,
     ports: Vec<Option<Port>>,
-    /// Ports whose transmit queue is to be looked at.
-    active: VecDeque<PortId>,
+    /// Ports whose transmit queue is looked at in every turn, and need not kick.
+    active: Vec<PortId>,
+    /// How long they are when there is nothing in them.
+    pacer: Pacer,
     /// Ports with frames delivered and not yet shown to the guest.
     dirty: Vec<PortId>,
     /// Where a frame from the host is read into.
@@ -87,6 +91,7 @@ impl Worker {
         mtu: u32,
         tasks: Receiver<Task>,
         uplink: Uplink,
+        policy: PollPolicy,
     ) -> std::io::Result<Self> {
         let poller = Poller::new()?;
         poller.add_edge(tasks.event(), ORDERS)?;
@@ -98,7 +103,8 @@ impl Worker {
             uplink,
             switch: Switch::default(),
             ports: Vec::new(),
-            active: VecDeque::new(),
+            active: Vec::new(),
+            pacer: Pacer::new(policy),
             dirty: Vec::new(),
             from_host: vec![0; LEN + FRAME_MAX],
         };
@@ -109,37 +115,78 @@ impl Worker {
     /// Runs until nobody can send tasks any more.
     pub(super) fn run(mut self) {
         let mut tokens = Vec::new();
+        // Looks and frames since events were asked for, which is a system call.
+        let mut since_events = EVENTS_AFTER;
         loop {
-            let timeout = if self.active.is_empty() { None } else { Some(std::time::Duration::ZERO) };
-            match self.poller.wait(timeout) {
-                Ok(reported) => tokens.extend(reported),
-                Err(e) => {
-                    // Without waiting no network works; a new process may.
-                    tracing::error!(network = self.name, "cannot wait for events: {e}");
-                    std::process::exit(1);
+            if self.active.is_empty() || since_events >= EVENTS_AFTER {
+                since_events = 0;
+                let asleep = self.active.is_empty();
+                let timeout = if asleep { None } else { Some(std::time::Duration::ZERO) };
+                match self.poller.wait(timeout) {
+                    Ok(reported) => tokens.extend(reported),
+                    Err(e) => {
+                        // Without waiting no network works; a new process may.
+                        tracing::error!(network = self.name, "cannot wait for events: {e}");
+                        std::process::exit(1);
+                    }
+                }
+                if asleep {
+                    self.pacer.woke();
+                }
+                let mut from_host = false;
+                for token in tokens.drain(..) {
+                    match token {
+                        ORDERS if !self.take_tasks() => return,
+                        ORDERS => {}
+                        UPLINK => from_host = true,
+                        NEW_TAP => self.uplink.made(&self.poller, UPLINK, NEW_TAP),
+                        queue => self.kicked(queue),
+                    }
+                }
+                if from_host {
+                    self.receive();
                 }
             }
-            let mut from_host = false;
-            for token in tokens.drain(..) {
-                match token {
-                    ORDERS if !self.take_tasks() => return,
-                    ORDERS => {}
-                    UPLINK => from_host = true,
-                    NEW_TAP => self.uplink.made(&self.poller, UPLINK, NEW_TAP),
-                    queue => self.kicked(queue),
-                }
-            }
-            if from_host {
-                self.receive();
-            }
-            for _ in 0..self.active.len() {
-                let Some(id) = self.active.pop_front() else { break };
-                if self.transmit(id) {
-                    self.active.push_back(id);
-                }
-            }
+            let frames = self.look();
+            since_events += 1 + frames;
             self.publish();
+            if frames == 0 && !self.active.is_empty() && self.pacer.idle() == Next::Sleep {
+                self.rest();
+            }
         }
+    }
+
+    /// Takes frames from the transmit queues that are looked at; how many.
+    fn look(&mut self) -> usize {
+        let mut all = 0;
+        for i in 0..self.active.len() {
+            let Some(id) = self.active.get(i).copied() else { break };
+            let frames = self.transmit(id);
+            if frames > 0
+                && all == 0
+                && self.pacer.worked()
+                && let Some(queue) = tx_of(&mut self.ports, id)
+            {
+                queue.ring.counters().poll_hits.add(1);
+            }
+            all += frames;
+        }
+        all
+    }
+
+    /// Asks for kicks, before the thread sleeps. Queues in which there is something already are still looked at.
+    fn rest(&mut self) {
+        let ports = &mut self.ports;
+        self.active.retain(|id| {
+            let Some(queue) = tx_of(ports, *id) else { return false };
+            queue.active = queue.ring.enable_kicks();
+            if queue.active {
+                queue.ring.disable_kicks();
+            } else {
+                queue.ring.counters().sleeps.add(1);
+            }
+            queue.active
+        });
     }
 
     /// False: there will be no more tasks.
@@ -205,7 +252,7 @@ impl Worker {
             RX => port.rx = Some(RxQueue::new(ring)),
             TX => {
                 port.tx = Some(TxQueue::new(ring));
-                self.active.push_back(id);
+                self.active.push(id);
             }
             other => return Err(failed(format!("network devices have no queue {other}"))),
         }
@@ -242,47 +289,37 @@ impl Worker {
         if !queue.active {
             queue.active = true;
             queue.ring.disable_kicks();
-            self.active.push_back(id);
+            self.active.push(id);
         }
     }
 
-    /// Forwards frames that a device sends. True: there may be more.
-    fn transmit(&mut self, id: PortId) -> bool {
-        let Some(mac) = self.ports.get(id.0).and_then(Option::as_ref).map(|p| p.mac) else { return false };
-        let Some(queue) = tx_of(&mut self.ports, id) else { return false };
+    /// Forwards frames that a device sends; how many.
+    fn transmit(&mut self, id: PortId) -> usize {
+        let Some(mac) = self.ports.get(id.0).and_then(Option::as_ref).map(|p| p.mac) else { return 0 };
+        let Some(queue) = tx_of(&mut self.ports, id) else { return 0 };
         let allowed = queue.allowed;
         let mut chain = std::mem::take(&mut queue.chain);
         let mut buf: TxHead = [0; LEN + HEAD_MAX];
-        let mut more = true;
+        let mut frames = 0;
         let mut bytes = 0;
-        for _ in 0..BUDGET {
-            if bytes > BUDGET_BYTES {
-                break;
-            }
-            let Some(queue) = tx_of(&mut self.ports, id) else { return false };
+        while frames < BUDGET && bytes <= BUDGET_BYTES {
+            let Some(queue) = tx_of(&mut self.ports, id) else { return frames };
             match queue.ring.pop(&mut chain) {
-                Ok(true) => {}
-                Ok(false) if queue.ring.enable_kicks() => {
-                    queue.ring.disable_kicks();
-                    continue;
-                }
-                Ok(false) => more = false,
+                Ok(true) => frames += 1,
+                Ok(false) => break,
                 Err(e) => {
                     queue.ring.shared().log.say(|left_out| {
                         tracing::warn!(network = self.name, device = %mac, "transmit queue broken: {e}{left_out}");
                     });
-                    more = false;
+                    break;
                 }
-            }
-            if !more {
-                break;
             }
             let outcome = match tx::parse(&chain, &mut buf, allowed, self.mtu) {
                 Ok(frame) => self.forward(&frame, Ingress::Port(id, mac)).map(|()| frame.bytes()),
                 Err(_) => Err(true),
             };
             bytes += chain.readable_len() as usize + DESCRIPTOR_BYTES * usize::from(chain.descriptors());
-            let Some(queue) = tx_of(&mut self.ports, id) else { return false };
+            let Some(queue) = tx_of(&mut self.ports, id) else { return frames };
             let counters = queue.ring.counters();
             match outcome {
                 Ok(bytes) => counters.bytes_out.add(bytes as u64),
@@ -300,9 +337,8 @@ impl Worker {
                 chain.clear();
             }
             queue.chain = chain;
-            queue.active = more;
         }
-        more
+        frames
     }
 
     /// Forwards frames from the host.

@@ -108,6 +108,12 @@ impl Queue {
         self.kicked_idx = new;
     }
 
+    /// The device has asked for a kick for what is made available next.
+    pub fn kick_wanted(&self) -> bool {
+        fence(Ordering::SeqCst);
+        self.read::<u16>(self.addresses().used + 4 + 8 * u64::from(SIZE)) == self.avail_idx
+    }
+
     /// The next chain the device has returned: head and bytes written.
     pub fn used(&mut self) -> Option<(u16, u32)> {
         let u = self.addresses().used;
