@@ -47,13 +47,13 @@ fn a_vm_and_the_host_exchange_frames_through_the_tap() {
     card.network("lan", "obtest0", "10.9.0.254/24");
     let device = card.nic("a", "lan", 1);
     let job = "job=net-echo ip=10.9.0.1 count=100 secs=60 job=net-pingpong ip=10.9.0.1 peer=10.9.0.254 port=9000 count=200";
-    let vm = Vm::boot(dir.path(), config("a", job, vec![slot("nic0", &device)]));
+    let mut vm = Vm::boot(dir.path(), config("a", job, vec![slot("nic0", &device)]));
     vm.reports.wait("io_begin", SOON);
 
     // The host asks, the guest answers.
     let host = UdpSocket::bind("10.9.0.254:0").expect("bind on the TAP's address");
     host.set_read_timeout(Some(Duration::from_millis(500))).expect("socket time-out");
-    let mut answered = 0u32;
+    let (mut answered, mut exits) = (0u32, Vec::new());
     let mut buffer = [0; 2048];
     wait_until("100 answers of the guest", SOON, || {
         let payload = vec![answered as u8; 1000];
@@ -61,9 +61,14 @@ fn a_vm_and_the_host_exchange_frames_through_the_tap() {
         if let Ok((n, _)) = host.recv_from(&mut buffer) {
             assert_eq!(&buffer[..n], &payload[..], "the echo came back changed");
             answered += 1;
+            // Both well within the I/O phase, which ends with the hundredth.
+            if [20, 80].contains(&answered) {
+                exits.push(vm.stats().userspace_exits_total);
+            }
         }
         answered == 100
     });
+    assert_eq!(exits[0], exits[1], "frames of the TAP brought the vCPU back to the hypervisor");
 
     // The guest asks, the host answers.
     let echo = UdpSocket::bind("10.9.0.254:9000").expect("bind on the TAP's address");

@@ -149,6 +149,30 @@ fn a_hung_card_does_not_lock_the_vm_out() {
     assert!(vm.process().wait(Duration::from_secs(5)).success());
 }
 
+/// Invariant 9: whatever state the card is in, the VM obeys at once.
+#[test]
+fn a_vm_on_a_dead_or_hung_card_is_paused_reset_and_ended() {
+    for signal in [nix::sys::signal::Signal::SIGKILL, nix::sys::signal::Signal::SIGSTOP] {
+        let dir = temp_dir();
+        let mut card = Card::start("offload-blk", dir.path());
+        let device = card.block("disk0", &image(dir.path(), "disk.img", 64 << 20), 1);
+        let job = "job=blk-verify bytes=16M qd=4 verify=mixed secs=600 timeout=600";
+        let mut vm = Vm::boot(dir.path(), config("vm", job, vec![slot("disk0", &device)]));
+        vm.reports.wait("io_begin", SOON);
+        card.process().signal(signal);
+        let started = std::time::Instant::now();
+        vm.pause().expect("pause");
+        vm.resume().expect("resume");
+        vm.reset().expect("reset");
+        vm.reports.wait_nth("boot", 2, SOON);
+        vm.pause().expect("pause after the reset");
+        vm.shutdown(proto::v1::ShutdownMode::Immediate).expect("shut down");
+        assert!(vm.process().wait(Duration::from_secs(5)).success(), "{signal}");
+        let took = started.elapsed();
+        assert!(took < Duration::from_secs(10), "{signal}: {took:?}");
+    }
+}
+
 #[test]
 fn a_guest_that_breaks_the_rules_hurts_only_its_own_device() {
     let dir = temp_dir();
