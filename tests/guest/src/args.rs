@@ -344,6 +344,23 @@ mod tests {
     }
 
     #[test]
+    fn what_a_receiver_waits_for() {
+        for (words, count, min) in [
+            ("", 1000, 1000),
+            ("count=5", 5, 5),
+            ("count=5 min=2", 5, 2),
+            ("secs=2", u64::MAX, 1),
+            ("secs=2 min=7", u64::MAX, 7),
+            ("secs=2 count=9", 9, 9),
+        ] {
+            let line = std::format!("job=net-recv warmup=0.5 {words}");
+            let plan = Plan::parse(&line).expect("a good line");
+            let Kind::NetReceive(_, net, receive) = &plan.stages[0][0].kind else { panic!("{plan:?}") };
+            assert_eq!((receive.count, receive.min, net.warmup_us), (count, min, 500_000), "{line}");
+        }
+    }
+
+    #[test]
     fn the_end_of_a_wrong_line() {
         assert_eq!(end_of("end=triple job=nonsense x=y"), End::Triple);
         assert_eq!(end_of("job=nonsense end=never"), End::Halt);

@@ -18,3 +18,4 @@ pub mod pattern;
 pub mod payload;
 pub mod ring;
 pub mod s5;
+pub mod span;

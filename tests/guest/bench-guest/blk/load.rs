@@ -1,9 +1,10 @@
 //! Keeps the queues of a disk full with whatever a [`Source`] wants done.
 
-use super::queue::{Op, Request};
+use super::queue::{Op, Queue, Request};
 use super::{CONFIG_CAPACITY, Disk};
 use crate::stage::{Job, Progress};
 use crate::time::{self, Clock};
+use crate::virtio::Signals;
 use alloc::string::String;
 use core::fmt::Display;
 use guest::histogram::Histogram;
@@ -138,6 +139,7 @@ impl<'a, S: Source> Load<'a, S> {
 impl<S: Source> Job for Load<'_, S> {
     fn begin(&mut self, now: u64) {
         self.begun = now;
+        self.disk.queues.iter_mut().for_each(Queue::begin);
     }
 
     fn poll(&mut self, now: u64) -> Progress {
@@ -151,7 +153,7 @@ impl<S: Source> Job for Load<'_, S> {
         if self.source.warm(now) {
             self.begun = now;
             (self.reads, self.writes, self.flushes) = (0, 0, 0);
-            self.disk.queues.iter_mut().for_each(super::queue::Queue::forget);
+            self.disk.queues.iter_mut().for_each(Queue::measure);
         }
         if happened {
             return Progress::Busy;
@@ -173,7 +175,7 @@ impl<S: Source> Job for Load<'_, S> {
         for queue in &mut self.disk.queues {
             queue.set_interrupts(true);
         }
-        !self.disk.queues.iter().any(super::queue::Queue::has_completions)
+        !self.disk.queues.iter().any(Queue::has_completions)
     }
 
     fn disarm(&mut self) {
@@ -190,19 +192,21 @@ impl<S: Source> Job for Load<'_, S> {
             self.error(format_args!("{bogus} used elements name requests that were not in flight"));
         }
         if self.timed_out {
-            let waiting: usize = self.disk.queues.iter().map(super::queue::Queue::in_flight).sum();
+            let waiting: usize = self.disk.queues.iter().map(Queue::in_flight).sum();
             self.error(format_args!("{waiting} requests are not answered in time"));
         }
         let health = self.disk.device.health();
         let capacity = u64::from_le_bytes(self.disk.device.config(CONFIG_CAPACITY));
         let changed = self.disk.device.generation() != self.disk.generation || capacity != self.disk.capacity;
         let mut latency = Histogram::default();
-        let (mut ops, mut bytes, mut kicks, mut interrupts, mut gap) = (0, 0, 0, 0, 0);
+        let (mut ops, mut bytes, mut total_ops, mut gap) = (0, 0, 0, 0);
+        let (mut total, mut measured) = (Signals::default(), Signals::default());
         for queue in &self.disk.queues {
             ops += queue.stats.ops;
             bytes += queue.stats.bytes;
-            kicks += queue.kicks();
-            interrupts += queue.interrupts();
+            total_ops += queue.total;
+            total = total + queue.signals();
+            measured = measured + queue.measured();
             // A queue that never answered again has its gap too.
             gap = gap.max(queue.stats.max_gap).max(queue.silence(now));
             latency.merge(&queue.stats.latency);
@@ -224,8 +228,11 @@ impl<S: Source> Job for Load<'_, S> {
         }
         event = event
             .number("max_ns", clock.nanos(latency.max()))
-            .number("kicks", kicks)
-            .number("irqs", interrupts)
+            .number("kicks", measured.kicks)
+            .number("irqs", measured.interrupts)
+            .number("total_ops", total_ops)
+            .number("total_kicks", total.kicks)
+            .number("total_irqs", total.interrupts)
             .number("config_irqs", health.config_interrupts)
             .flag("config_changed", changed)
             .flag("needs_reset", health.needs_reset)

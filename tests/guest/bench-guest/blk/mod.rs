@@ -115,7 +115,6 @@ impl<'a> Disk<'a> {
                 let id = core::str::from_utf8(text).unwrap_or_default();
                 let id = if done.status == 0 { String::from(id) } else { String::new() };
                 queue.release(done.slot);
-                queue.forget();
                 return Ok(id);
             }
             context.clock.delay(50);

@@ -75,6 +75,8 @@ pub(super) struct Queue {
     /// Last completion, or the submission that ended a time without requests.
     moved: u64,
     pub(super) stats: Stats,
+    /// Requests completed since the beginning of the I/O phase.
+    pub(super) total: u64,
     /// The device's offences: heads it never got, or returned twice.
     pub(super) bogus: u64,
 }
@@ -105,6 +107,7 @@ impl Queue {
             queue,
             moved: 0,
             stats: Stats::default(),
+            total: 0,
             bogus: 0,
         };
         if indirect {
@@ -214,6 +217,7 @@ impl Queue {
 
     /// Counts a completed request.
     pub(super) fn count(&mut self, done: &Completion, now: u64) {
+        self.total += 1;
         self.stats.ops += 1;
         self.stats.bytes += u64::from(done.request.len);
         self.stats.latency.record(now - done.since);
@@ -231,10 +235,17 @@ impl Queue {
         self.free.push(slot);
     }
 
-    /// Starts counting afresh.
-    pub(super) fn forget(&mut self) {
+    /// The I/O phase begins.
+    pub(super) fn begin(&mut self) {
         self.stats = Stats::default();
-        self.queue.kicks = 0;
+        self.total = 0;
+        self.queue.begin();
+    }
+
+    /// The warm-up is over: starts counting afresh, but for totals.
+    pub(super) fn measure(&mut self) {
+        self.stats = Stats::default();
+        self.queue.measure();
     }
 
     /// Asks for an interrupt with the next completion, or for none.
@@ -242,20 +253,23 @@ impl Queue {
         self.queue.ring.set_interrupts(on);
     }
 
-    pub(super) fn kicks(&self) -> u64 {
-        self.queue.kicks
+    /// Kicks and interrupts of the I/O phase.
+    pub(super) fn signals(&self) -> virtio::Signals {
+        self.queue.signals()
     }
 
-    pub(super) fn interrupts(&self) -> u64 {
-        self.queue.interrupts()
+    /// The same, after the warm-up.
+    pub(super) fn measured(&self) -> virtio::Signals {
+        self.queue.measured()
     }
 
     /// The queue's part of a result.
     pub(super) fn report(&self, micros: impl Fn(u64) -> u64) -> Object {
+        let measured = self.measured();
         Object::new()
             .number("ops", self.stats.ops)
-            .number("kicks", self.kicks())
-            .number("irqs", self.interrupts())
+            .number("kicks", measured.kicks)
+            .number("irqs", measured.interrupts)
             .number("max_gap_us", micros(self.stats.max_gap))
     }
 }

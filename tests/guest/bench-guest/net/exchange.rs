@@ -70,6 +70,7 @@ impl Talk for Talker {
             counters.corrupt += 1;
         } else if self.exchange.receive(now, &header) {
             counters.received(now, datagram.payload.len());
+            counters.span.count(now, datagram.payload.len());
         }
         true
     }

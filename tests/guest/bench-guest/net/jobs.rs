@@ -10,6 +10,7 @@ use guest::frame::{Protocol, UDP_OVERHEAD};
 use guest::histogram::Histogram;
 use guest::json::Object;
 use guest::payload::{HEADER, Header, Kind};
+use guest::span::Span;
 
 /// Frames sent in one turn, so that receiving gets its turn as well.
 const BURST: usize = 64;
@@ -53,6 +54,7 @@ impl Talk for Echo {
         if out.send(&back, false, Protocol::Udp, payload.len(), |room| room.copy_from_slice(payload)) {
             counters.tx += 1;
             counters.tx_bytes += payload.len() as u64;
+            counters.span.count(now, payload.len());
         }
         true
     }
@@ -85,8 +87,8 @@ struct Send {
     protocol: Protocol,
     /// Ticks between frames; 0: none.
     interval: u64,
+    /// Of the measurement; 0: any.
     ticks: u64,
-    start: Option<u64>,
     clock: Clock,
 }
 
@@ -107,15 +109,14 @@ pub(crate) fn send<'c>(
         protocol: args.protocol,
         interval: (context.clock.khz() * 1000).checked_div(args.rate).unwrap_or(0),
         ticks: context.clock.ticks(args.micros),
-        start: None,
         clock: context.clock,
     };
     station(context, number, wanted, net, args.protocol.overhead() + size, talk)
 }
 
 impl Send {
-    fn expired(&self, now: u64) -> bool {
-        self.ticks > 0 && self.start.is_some_and(|start| now.saturating_sub(start) >= self.ticks)
+    fn over(&self, now: u64, span: &Span) -> bool {
+        span.ops() >= self.count || span.expired(now, self.ticks)
     }
 }
 
@@ -133,14 +134,10 @@ impl Talk for Send {
     fn transmit(&mut self, now: u64, counters: &mut Counters, out: &mut Outbox<'_, '_>) -> bool {
         let Some(flow) = out.peer() else { return false };
         // The time counts from the first frame, not from the search for the peer.
-        let start = *self.start.get_or_insert(now);
-        let allowed = match self.interval {
-            0 => self.count,
-            interval => ((now - start) / interval + 1).min(self.count),
-        };
+        let allowed = counters.span.start(now).checked_div(self.interval).map_or(u64::MAX, |due| due + 1);
         let mut any = false;
         for _ in 0..BURST {
-            if self.sent >= allowed || self.expired(now) {
+            if self.sent >= allowed || self.over(now, &counters.span) {
                 break;
             }
             let header = Header { kind: Kind::Data, finished: false, sequence: self.sent, acknowledged: 0 };
@@ -152,12 +149,13 @@ impl Talk for Send {
             self.sent += 1;
             counters.tx += 1;
             counters.tx_bytes += self.size as u64;
+            counters.span.count(now, self.size);
         }
         any
     }
 
-    fn state(&mut self, now: u64, _counters: &Counters) -> State {
-        if self.sent >= self.count || self.expired(now) { State::Over } else { State::Running }
+    fn state(&mut self, now: u64, counters: &Counters) -> State {
+        if self.over(now, &counters.span) { State::Over } else { State::Running }
     }
 
     fn progress(&self, _counters: &Counters) -> Option<u64> {
@@ -168,8 +166,8 @@ impl Talk for Send {
         if self.interval > 0 { self.clock.micros(self.interval).clamp(100, 100_000) } else { 20_000 }
     }
 
-    fn report(&mut self, event: Object, _counters: &Counters, _clock: &Clock) -> (Object, bool) {
-        (event, self.sent >= self.count || self.ticks > 0)
+    fn report(&mut self, event: Object, counters: &Counters, _clock: &Clock) -> (Object, bool) {
+        (event, counters.span.ops() >= self.count || self.ticks > 0)
     }
 }
 
@@ -225,6 +223,7 @@ impl Talk for Receive {
             return true;
         }
         counters.received(now, datagram.payload.len());
+        counters.span.count(now, datagram.payload.len());
         if header.sequence >= self.expected {
             counters.lost += header.sequence - self.expected;
             self.expected = header.sequence + 1;
@@ -242,8 +241,8 @@ impl Talk for Receive {
 
     fn state(&mut self, now: u64, counters: &Counters) -> State {
         let since = counters.last().unwrap_or(self.start);
-        let over = counters.rx + counters.corrupt >= self.count
-            || (self.ticks > 0 && now.saturating_sub(self.start) >= self.ticks)
+        let over = counters.span.ops() + counters.corrupt >= self.count
+            || counters.span.expired(now, self.ticks)
             || now.saturating_sub(since) >= self.timeout;
         if over { State::Over } else { State::Running }
     }
@@ -253,7 +252,7 @@ impl Talk for Receive {
     }
 
     fn report(&mut self, event: Object, counters: &Counters, _clock: &Clock) -> (Object, bool) {
-        (event, counters.rx >= self.min && counters.corrupt == 0)
+        (event, counters.span.ops() >= self.min && counters.corrupt == 0)
     }
 }
 
@@ -264,7 +263,6 @@ struct PingPong {
     ticks: u64,
     retry: u64,
     retry_us: u64,
-    start: Option<u64>,
     /// Number of the request that waits for its answer, and when it was sent.
     waiting: Option<(u64, u64)>,
     next: u64,
@@ -289,7 +287,6 @@ pub(crate) fn ping_pong<'c>(
         ticks: context.clock.ticks(args.micros),
         retry: context.clock.ticks(args.retry_us),
         retry_us: args.retry_us,
-        start: None,
         waiting: None,
         next: 0,
         again: false,
@@ -297,6 +294,12 @@ pub(crate) fn ping_pong<'c>(
         lost: 0,
     };
     station(context, number, wanted, net, UDP_OVERHEAD + size, talk)
+}
+
+impl PingPong {
+    fn over(&self, now: u64, span: &Span) -> bool {
+        span.ops() >= self.count || span.expired(now, self.ticks)
+    }
 }
 
 impl Talk for PingPong {
@@ -314,10 +317,12 @@ impl Talk for PingPong {
         }
         match self.waiting {
             Some((sequence, sent)) if sequence == header.sequence => {
-                self.times.record(now.saturating_sub(sent));
                 self.waiting = None;
                 self.next += 1;
                 counters.received(now, datagram.payload.len());
+                if counters.span.count(now, datagram.payload.len()) {
+                    self.times.record(now.saturating_sub(sent));
+                }
             }
             // The answer to a request that was sent again.
             _ => counters.duplicate += 1,
@@ -327,7 +332,7 @@ impl Talk for PingPong {
 
     fn transmit(&mut self, now: u64, counters: &mut Counters, out: &mut Outbox<'_, '_>) -> bool {
         let Some(flow) = out.peer() else { return false };
-        self.start.get_or_insert(now);
+        counters.span.start(now);
         if let Some((_, sent)) = self.waiting {
             if now.saturating_sub(sent) < self.retry {
                 return false;
@@ -335,7 +340,7 @@ impl Talk for PingPong {
             self.again = true;
             self.lost += 1;
             counters.lost += 1;
-        } else if self.next >= self.count {
+        } else if self.over(now, &counters.span) {
             return false;
         }
         let (sequence, seed) = (self.next, self.seed);
@@ -351,10 +356,8 @@ impl Talk for PingPong {
         true
     }
 
-    fn state(&mut self, now: u64, _counters: &Counters) -> State {
-        let expired =
-            self.ticks > 0 && self.start.is_some_and(|start| now.saturating_sub(start) >= self.ticks);
-        if self.next >= self.count || expired { State::Over } else { State::Running }
+    fn state(&mut self, now: u64, counters: &Counters) -> State {
+        if self.over(now, &counters.span) { State::Over } else { State::Running }
     }
 
     fn progress(&self, _counters: &Counters) -> Option<u64> {
@@ -371,6 +374,10 @@ impl Talk for PingPong {
         }
         event =
             event.number("max_ns", clock.nanos(self.times.max())).number("round_trips", self.times.count());
-        (event, counters.corrupt == 0 && (self.next >= self.count || (self.ticks > 0 && self.next > 0)))
+        (
+            event,
+            counters.corrupt == 0
+                && (counters.span.ops() >= self.count || (self.ticks > 0 && counters.span.ops() > 0)),
+        )
     }
 }

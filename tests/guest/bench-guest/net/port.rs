@@ -5,11 +5,11 @@
 use crate::memory::Dma;
 use crate::serial;
 use crate::stage::Context;
-use crate::virtio::{self, Health, Type};
+use crate::virtio::{self, Health, Signals, Type};
 use alloc::string::String;
 use alloc::vec;
 use alloc::vec::Vec;
-use core::ops::Range;
+use core::ops::{Add, Range};
 use guest::args;
 use guest::frame::{L4_OFFSET, Mac, Protocol};
 use guest::ring::{Descriptor, WRITE};
@@ -351,11 +351,34 @@ impl<'a> Port<'a> {
         self.device.health()
     }
 
-    /// Kicks and interrupts of all queues.
-    pub(super) fn notifications(&self) -> (u64, u64) {
-        let queues =
-            self.receivers.iter().map(|r| &r.queue).chain(self.transmitters.iter().map(|t| &t.queue));
-        queues.fold((0, 0), |(kicks, irqs), queue| (kicks + queue.kicks, irqs + queue.interrupts()))
+    fn queues(&self) -> impl Iterator<Item = &virtio::Queue> {
+        self.receivers.iter().map(|r| &r.queue).chain(self.transmitters.iter().map(|t| &t.queue))
+    }
+
+    fn queues_mut(&mut self) -> impl Iterator<Item = &mut virtio::Queue> {
+        let receivers = self.receivers.iter_mut().map(|r| &mut r.queue);
+        receivers.chain(self.transmitters.iter_mut().map(|t| &mut t.queue))
+    }
+
+    /// The I/O phase begins.
+    pub(super) fn begin(&mut self) {
+        self.queues_mut().for_each(virtio::Queue::begin);
+        self.receivers.iter_mut().for_each(Receiver::refill);
+    }
+
+    /// The warm-up ends.
+    pub(super) fn measure(&mut self) {
+        self.queues_mut().for_each(virtio::Queue::measure);
+    }
+
+    /// Kicks and interrupts of the I/O phase, over all queues.
+    pub(super) fn signals(&self) -> Signals {
+        self.queues().map(virtio::Queue::signals).fold(Signals::default(), Add::add)
+    }
+
+    /// The same, after the warm-up.
+    pub(super) fn measured(&self) -> Signals {
+        self.queues().map(virtio::Queue::measured).fold(Signals::default(), Add::add)
     }
 
     /// Offences of the device against the rings' rules.

@@ -8,6 +8,7 @@ use alloc::string::String;
 use guest::args;
 use guest::frame::{self, ARP_LEN, Flow, Ipv4, Mac, Protocol, Received};
 use guest::json::Object;
+use guest::span::Span;
 
 /// The peer is asked for this often, in microseconds.
 const ASK_US: u64 = 50_000;
@@ -15,6 +16,8 @@ const ASK_US: u64 = 50_000;
 /// What all network jobs count.
 #[derive(Default)]
 pub(super) struct Counters {
+    /// What the job is measured by: frames, round trips.
+    pub(super) span: Span,
     pub(super) tx: u64,
     pub(super) rx: u64,
     pub(super) tx_bytes: u64,
@@ -33,7 +36,11 @@ pub(super) struct Counters {
 }
 
 impl Counters {
-    /// Counts a frame of the job.
+    fn new(warmup: u64) -> Self {
+        Self { span: Span::new(warmup), ..Self::default() }
+    }
+
+    /// Counts a received frame of the job.
     pub(super) fn received(&mut self, now: u64, bytes: usize) {
         self.rx += 1;
         self.rx_bytes += bytes as u64;
@@ -158,7 +165,6 @@ pub(super) struct Station<'a, T> {
     peer_mac: Option<Mac>,
     asked: Option<u64>,
     counters: Counters,
-    begun: u64,
     progress: Option<u64>,
     moved: u64,
     timeout: u64,
@@ -187,8 +193,7 @@ pub(super) fn station<'c, T: Talk + 'c>(
         peer: net.peer,
         peer_mac: net.peer_mac,
         asked: None,
-        counters: Counters::default(),
-        begun: 0,
+        counters: Counters::new(context.clock.ticks(net.warmup_us)),
         progress: None,
         moved: 0,
         timeout: context.clock.ticks(wanted.timeout_us),
@@ -292,10 +297,8 @@ impl<T: Talk> Station<'_, T> {
 
 impl<T: Talk> Job for Station<'_, T> {
     fn begin(&mut self, now: u64) {
-        (self.begun, self.moved) = (now, now);
-        for receiver in &mut self.port.receivers {
-            receiver.refill();
-        }
+        self.moved = now;
+        self.port.begin();
         self.talk.begin(now);
     }
 
@@ -305,6 +308,10 @@ impl<T: Talk> Job for Station<'_, T> {
         }
         let reclaimed: usize = self.port.transmitters.iter_mut().map(super::port::Transmitter::reclaim).sum();
         let received = self.receive(now);
+        if self.counters.span.warm(now) {
+            self.counters.max_gap = 0;
+            self.port.measure();
+        }
         self.ask(now);
         let peer = self.peer_flow();
         let mut out = Outbox { port: &mut self.port, next: self.next, peer, full: false };
@@ -349,13 +356,17 @@ impl<T: Talk> Job for Station<'_, T> {
         Some(self.talk.patience())
     }
 
-    fn finish(&mut self, now: u64, event: Object) -> (Object, bool) {
+    fn finish(&mut self, _now: u64, event: Object) -> (Object, bool) {
         let health = self.port.health();
-        let (kicks, interrupts) = self.port.notifications();
+        let (total, measured) = (self.port.signals(), self.port.measured());
         let bogus = self.port.bogus();
         let c = &self.counters;
-        let micros = self.clock.micros(now - self.begun).max(1);
+        let micros = self.clock.micros(c.span.ticks());
         let event = event
+            .number("ops", c.span.ops())
+            .number("bytes", c.span.bytes())
+            .number("measured_us", micros)
+            .number("pps", c.span.ops() * 1_000_000 / micros.max(1))
             .number("tx", c.tx)
             .number("rx", c.rx)
             .number("tx_bytes", c.tx_bytes)
@@ -369,10 +380,12 @@ impl<T: Talk> Job for Station<'_, T> {
             .number("arp", c.arp)
             .number("icmp", c.icmp)
             .number("retransmits", c.retransmits)
-            .number("pps", (c.tx + c.rx) * 1_000_000 / micros)
             .number("max_gap_us", self.clock.micros(c.max_gap))
-            .number("kicks", kicks)
-            .number("irqs", interrupts)
+            .number("kicks", measured.kicks)
+            .number("irqs", measured.interrupts)
+            .number("total_ops", c.span.total())
+            .number("total_kicks", total.kicks)
+            .number("total_irqs", total.interrupts)
             .number("config_irqs", health.config_interrupts)
             .number("bogus", bogus)
             .flag("needs_reset", health.needs_reset)

@@ -99,14 +99,32 @@ impl Doorbell {
     }
 }
 
+/// Notifications either way.
+#[derive(Clone, Copy, Default)]
+pub(crate) struct Signals {
+    /// Doorbells rung.
+    pub(crate) kicks: u64,
+    /// Interrupts taken.
+    pub(crate) interrupts: u64,
+}
+
+impl core::ops::Add for Signals {
+    type Output = Self;
+
+    fn add(self, other: Self) -> Self {
+        Self { kicks: self.kicks + other.kicks, interrupts: self.interrupts + other.interrupts }
+    }
+}
+
 /// A queue in use.
 pub(crate) struct Queue {
     /// The ring.
     pub(crate) ring: SplitQueue,
     /// Its doorbell.
     pub(crate) bell: Doorbell,
-    /// Notifications sent.
-    pub(crate) kicks: u64,
+    /// Since the beginning of the I/O phase, and when the warm-up ended.
+    total: Signals,
+    warmup: Signals,
     vector: Option<Vector>,
     /// The ring's memory lives as long as the ring.
     _memory: Dma,
@@ -117,13 +135,35 @@ impl Queue {
     pub(crate) fn kick(&mut self) {
         if self.ring.publish() {
             self.bell.ring();
-            self.kicks += 1;
+            self.total.kicks += 1;
         }
     }
 
-    /// Interrupts of this queue.
-    pub(crate) fn interrupts(&self) -> u64 {
+    fn interrupts(&self) -> u64 {
         self.vector.map_or(0, |vector| vector.count())
+    }
+
+    /// The I/O phase begins: what came before does not count.
+    pub(crate) fn begin(&mut self) {
+        // Interrupts are counted by the vector, so here is how many it had.
+        self.total = Signals { kicks: 0, interrupts: self.interrupts() };
+        self.warmup = Signals::default();
+    }
+
+    /// The warm-up ends.
+    pub(crate) fn measure(&mut self) {
+        self.warmup = self.signals();
+    }
+
+    /// Since the beginning of the I/O phase.
+    pub(crate) fn signals(&self) -> Signals {
+        Signals { kicks: self.total.kicks, interrupts: self.interrupts() - self.total.interrupts }
+    }
+
+    /// Since the warm-up.
+    pub(crate) fn measured(&self) -> Signals {
+        let Signals { kicks, interrupts } = self.signals();
+        Signals { kicks: kicks - self.warmup.kicks, interrupts: interrupts - self.warmup.interrupts }
     }
 }
 
@@ -245,7 +285,8 @@ impl<'a> Device<'a> {
         let vector = self.interrupts.then(Vector::take);
         let bell =
             both!(&self.found.transport, t => t.start_queue(index, size, ring.addresses(), vector.as_ref())?);
-        Ok(Queue { ring, bell, kicks: 0, vector, _memory: memory })
+        let (total, warmup) = (Signals::default(), Signals::default());
+        Ok(Queue { ring, bell, total, warmup, vector, _memory: memory })
     }
 
     /// Tells the device to go.

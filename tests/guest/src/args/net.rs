@@ -38,6 +38,8 @@ pub struct Net {
     pub offload: Offload,
     /// Bytes of a receive buffer.
     pub receive_buffer: u32,
+    /// Time before the measurement begins, from the first frame, in microseconds.
+    pub warmup_us: u64,
 }
 
 impl Net {
@@ -64,6 +66,7 @@ impl Net {
             depth: words.number("qd", 64, 1, u64::from(crate::ring::MAX_SIZE))? as u16,
             offload,
             receive_buffer: words.number("rxbuf", 2048, 128, 1 << 17)? as u32,
+            warmup_us: words.micros("warmup", 0)?,
         })
     }
 
@@ -133,8 +136,12 @@ pub struct Receive {
 
 impl Receive {
     pub(super) fn parse(words: &mut Words<'_>) -> Result<Self, Error> {
-        let count = words.number("count", 1000, 1, 1 << 50)?;
-        Ok(Self { count, min: words.number("min", count, 0, 1 << 50)?, micros: words.micros("secs", 0)? })
+        let micros = words.micros("secs", 0)?;
+        let count = words.maybe("count", 1, 1 << 50)?;
+        // A time alone means: as many as come, if any do.
+        let (default, least) = if micros > 0 { (u64::MAX, 1) } else { (1000, 1000) };
+        let min = words.number("min", count.unwrap_or(least), 0, 1 << 50)?;
+        Ok(Self { count: count.unwrap_or(default), min, micros })
     }
 }
 

@@ -242,3 +242,20 @@ fn a_read_only_disk_is_only_read() {
         assert_eq!(std::fs::read(&image).expect("image"), content);
     }
 }
+
+#[test]
+fn a_warm_up_counts_only_in_totals() {
+    for (accel, dir) in accels() {
+        let image = disk(&dir, 4 << 20);
+        let job = "end=triple job=blk-bench mode=irq qd=4 warmup=0.3 secs=0.3";
+        let events = Vm::start(accel, &pci_disk(&image, 1), job).run();
+        let result = one(&events, "result");
+        assert_eq!(result["ok"], true, "{result}");
+        for key in ["ops", "kicks", "irqs"] {
+            let (part, whole) = (field(result, key), field(result, &format!("total_{key}")));
+            // Half of it is the warm-up on an even machine.
+            assert!(part > 0 && part < whole - whole / 16, "{key}: {result}");
+        }
+        assert_eq!(field(result, "ops") * 4096, field(result, "bytes"));
+    }
+}

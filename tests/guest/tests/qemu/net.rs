@@ -190,3 +190,31 @@ fn a_missing_peer_is_a_failure() {
         assert_eq!((&result["ok"], &result["timed_out"]), (&false.into(), &true.into()), "{result}");
     }
 }
+
+#[test]
+fn a_stream_is_measured_after_its_warm_up() {
+    for (accel, dir) in accels() {
+        let receiver = wire(dir.path(), "a", "b", "52:54:00:00:00:01");
+        let sender = wire(dir.path(), "b", "a", "52:54:00:00:00:02");
+        let job = "end=triple job=net-recv ip=10.0.0.1 warmup=0.2 secs=0.5 timeout=60 wait=serial mode=irq";
+        let mut receiver = Vm::start(accel, &receiver, job);
+        receiver.until("waiting");
+        receiver.send(b"\n");
+        receiver.until("io_begin");
+        let job = "end=triple job=net-send ip=10.0.0.2 peer=10.0.0.1 rate=2000 warmup=0.2 secs=2 size=100";
+        let sent = Vm::start(accel, &sender, job).run();
+        let received = receiver.run();
+        for result in [one(&sent, "result"), one(&received, "result")] {
+            assert_eq!(result["ok"], true, "{result}");
+            let ops = field(result, "ops");
+            assert!(ops > 0 && ops < field(result, "total_ops"), "{result}");
+            assert_eq!(field(result, "bytes"), 100 * ops, "{result}");
+        }
+        for (result, key) in [(one(&sent, "result"), "kicks"), (one(&received, "result"), "irqs")] {
+            let (part, whole) = (field(result, key), field(result, &format!("total_{key}")));
+            assert!(part > 0 && part < whole, "{key}: {result}");
+        }
+        let measured = field(one(&received, "result"), "measured_us");
+        assert!((1..=550_000).contains(&measured), "{received:#?}");
+    }
+}
