@@ -2,6 +2,11 @@
 
 use crate::{gate, port};
 use core::sync::atomic::{AtomicU64, Ordering};
+use guest::histogram::Histogram;
+use guest::json::Object;
+
+/// Most entries of a distribution in a result.
+const CLASSES: usize = 120;
 
 /// The clock: conversions between TSC ticks and time.
 #[derive(Clone, Copy)]
@@ -55,6 +60,19 @@ impl Clock {
     /// Nanoseconds in so many ticks.
     pub(crate) fn nanos(&self, ticks: u64) -> u64 {
         (u128::from(ticks) * 1_000_000 / u128::from(self.khz)) as u64
+    }
+
+    /// Adds the quantiles of latencies to a result; `all`: their distribution, too.
+    pub(crate) fn report(&self, mut event: Object, latency: &Histogram, all: bool) -> Object {
+        for (key, per_mille) in [("p50_ns", 500), ("p90_ns", 900), ("p99_ns", 990), ("p999_ns", 999)] {
+            event = event.number(key, self.nanos(latency.quantile(per_mille)));
+        }
+        event = event.number("max_ns", self.nanos(latency.max()));
+        if !all {
+            return event;
+        }
+        let classes = latency.classes(CLASSES).into_iter();
+        event.pairs("latency", classes.map(|(upper, count)| (self.nanos(upper), count)))
     }
 
     /// Spins.

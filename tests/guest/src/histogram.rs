@@ -72,6 +72,28 @@ impl Histogram {
         self.max
     }
 
+    /// What was counted, as (greatest value of the class, values in it), ascending, without empty classes. Neighbours are merged
+    /// evenly until there are at most `most` classes.
+    #[must_use]
+    pub fn classes(&self, most: usize) -> Vec<(u64, u64)> {
+        let mut merged = 0;
+        loop {
+            let mut classes: Vec<(u64, u64)> = Vec::new();
+            for (number, group) in self.buckets.chunks(1 << merged).enumerate() {
+                let count = group.iter().copied().map(u64::from).sum();
+                if count > 0 {
+                    let next = (number + 1) << merged;
+                    let upper = if next < self.buckets.len() { lower_bound(next) - 1 } else { u64::MAX };
+                    classes.push((upper.min(self.max), count));
+                }
+            }
+            if classes.len() <= most.max(1) {
+                return classes;
+            }
+            merged += 1;
+        }
+    }
+
     /// Adds what `other` counted.
     pub fn merge(&mut self, other: &Self) {
         for (mine, theirs) in self.buckets.iter_mut().zip(&other.buckets) {
@@ -104,6 +126,27 @@ mod tests {
     }
 
     proptest! {
+        #[test]
+        fn classes_hold_every_value(
+            values in proptest::collection::vec((any::<u64>(), 0u32..64).prop_map(|(value, by)| value >> by), 0..500),
+            most in 1usize..200,
+        ) {
+            let mut histogram = Histogram::default();
+            for value in &values {
+                histogram.record(*value);
+            }
+            let classes = histogram.classes(most);
+            prop_assert!(classes.len() <= most);
+            prop_assert!(classes.is_sorted_by(|a, b| a.0 < b.0));
+            let mut seen = 0;
+            for (upper, count) in classes {
+                seen += count;
+                prop_assert!(count > 0);
+                prop_assert_eq!(seen, values.iter().filter(|value| **value <= upper).count() as u64);
+            }
+            prop_assert_eq!(seen, values.len() as u64);
+        }
+
         #[test]
         fn a_bucket_holds_its_bounds(value in 0u64..1 << 62) {
             let low = lower_bound(bucket(value));

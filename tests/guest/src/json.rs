@@ -78,6 +78,19 @@ impl Object {
         self
     }
 
+    /// Adds a list of pairs of numbers.
+    #[must_use]
+    pub fn pairs(mut self, key: &str, pairs: impl IntoIterator<Item = (u64, u64)>) -> Self {
+        self.key(key);
+        self.text.push('[');
+        for (index, (first, second)) in pairs.into_iter().enumerate() {
+            let comma = if index > 0 { "," } else { "" };
+            let _ = write!(self.text, "{comma}[{first},{second}]");
+        }
+        self.text.push(']');
+        self
+    }
+
     /// The text of the object, without a line end.
     #[must_use]
     pub fn finish(mut self) -> String {
@@ -121,8 +134,12 @@ mod tests {
             .flag("ok", true)
             .hex("h", u64::MAX)
             .list("l", [Object::new().number("a", 1u64), Object::new()])
+            .pairs("p", [(1, 2), (3, 4)])
             .finish();
-        assert_eq!(line, r#"{"event":"x","n":-1,"ok":true,"h":"0xffffffffffffffff","l":[{"a":1},{}]}"#);
+        assert_eq!(
+            line,
+            r#"{"event":"x","n":-1,"ok":true,"h":"0xffffffffffffffff","l":[{"a":1},{}],"p":[[1,2],[3,4]]}"#
+        );
     }
 
     proptest! {

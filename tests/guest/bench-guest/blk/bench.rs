@@ -22,6 +22,7 @@ struct Bench {
     cursors: Vec<u64>,
     queues: u64,
     left: u64,
+    distribution: bool,
     warmup: Option<u64>,
     duration: Option<u64>,
     /// End of the warm-up, then of the measurement.
@@ -54,6 +55,7 @@ pub(crate) fn bench<'c>(
         cursors: (0..queues).map(|queue| blocks / queues * queue).collect(),
         queues,
         left: load.ops.unwrap_or(u64::MAX),
+        distribution: args.distribution,
         warmup: (args.warmup_us > 0).then(|| context.clock.ticks(args.warmup_us)),
         duration: load.micros.map(|micros| context.clock.ticks(micros)),
         deadline: None,
@@ -111,6 +113,10 @@ impl Source for Bench {
             self.deadline = self.duration.map(|ticks| now + ticks);
         }
         over
+    }
+
+    fn distribution(&self) -> bool {
+        self.distribution
     }
 
     fn report(&self, event: Object) -> (Object, bool) {

@@ -32,6 +32,11 @@ pub(super) trait Source {
         false
     }
 
+    /// Whether the result is to have the distribution of the latencies.
+    fn distribution(&self) -> bool {
+        false
+    }
+
     /// Adds to the result; whether it is good.
     fn report(&self, event: Object) -> (Object, bool);
 }
@@ -223,11 +228,8 @@ impl<S: Source> Job for Load<'_, S> {
             .number("measured_us", micros)
             .number("iops", rate(ops))
             .number("max_gap_us", clock.micros(gap));
-        for (key, per_mille) in [("p50_ns", 500), ("p90_ns", 900), ("p99_ns", 990), ("p999_ns", 999)] {
-            event = event.number(key, clock.nanos(latency.quantile(per_mille)));
-        }
-        event = event
-            .number("max_ns", clock.nanos(latency.max()))
+        event = clock
+            .report(event, &latency, self.source.distribution())
             .number("kicks", measured.kicks)
             .number("irqs", measured.interrupts)
             .number("total_ops", total_ops)

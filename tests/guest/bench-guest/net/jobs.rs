@@ -268,6 +268,7 @@ struct PingPong {
     next: u64,
     again: bool,
     times: Histogram,
+    distribution: bool,
     lost: u64,
 }
 
@@ -291,6 +292,7 @@ pub(crate) fn ping_pong<'c>(
         next: 0,
         again: false,
         times: Histogram::default(),
+        distribution: args.distribution,
         lost: 0,
     };
     station(context, number, wanted, net, UDP_OVERHEAD + size, talk)
@@ -368,12 +370,9 @@ impl Talk for PingPong {
         self.retry_us.clamp(100, 100_000)
     }
 
-    fn report(&mut self, mut event: Object, counters: &Counters, clock: &Clock) -> (Object, bool) {
-        for (key, per_mille) in [("p50_ns", 500), ("p90_ns", 900), ("p99_ns", 990), ("p999_ns", 999)] {
-            event = event.number(key, clock.nanos(self.times.quantile(per_mille)));
-        }
-        event =
-            event.number("max_ns", clock.nanos(self.times.max())).number("round_trips", self.times.count());
+    fn report(&mut self, event: Object, counters: &Counters, clock: &Clock) -> (Object, bool) {
+        let event =
+            clock.report(event, &self.times, self.distribution).number("round_trips", self.times.count());
         (
             event,
             counters.corrupt == 0

@@ -117,6 +117,8 @@ pub struct Bench {
     pub order: Order,
     /// Time before the measurement begins, in microseconds.
     pub warmup_us: u64,
+    /// Report the distribution of the latencies.
+    pub distribution: bool,
 }
 
 impl Bench {
@@ -133,7 +135,8 @@ impl Bench {
         if load.ops.is_none() {
             load.micros.get_or_insert(3_000_000);
         }
-        Ok(Self { load, writes, order, warmup_us: words.micros("warmup", 0)? })
+        let distribution = words.choice("hist", &[("0", false), ("1", true)], false)?;
+        Ok(Self { load, writes, order, warmup_us: words.micros("warmup", 0)?, distribution })
     }
 }
 

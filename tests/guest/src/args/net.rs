@@ -172,6 +172,8 @@ pub struct PingPong {
     pub micros: u64,
     /// Time after which a request is sent again, in microseconds.
     pub retry_us: u64,
+    /// Report the distribution of the round-trip times.
+    pub distribution: bool,
 }
 
 impl PingPong {
@@ -181,6 +183,7 @@ impl PingPong {
             count: words.number("count", if micros > 0 { u64::MAX } else { 1000 }, 1, 1 << 50)?,
             micros,
             retry_us: words.micros("retry", 100_000)?,
+            distribution: words.choice("hist", &[("0", false), ("1", true)], false)?,
         })
     }
 }

@@ -1,6 +1,6 @@
 //! Disks: good ones, broken ones, changed ones.
 
-use crate::vm::{Accel, Vm, accels, disk, field, one};
+use crate::vm::{Accel, Vm, accels, counted, disk, field, one};
 use guest::pattern;
 use std::io::Write;
 use std::os::unix::fs::FileExt;
@@ -247,7 +247,7 @@ fn a_read_only_disk_is_only_read() {
 fn a_warm_up_counts_only_in_totals() {
     for (accel, dir) in accels() {
         let image = disk(&dir, 4 << 20);
-        let job = "end=triple job=blk-bench mode=irq qd=4 warmup=0.3 secs=0.3";
+        let job = "end=triple job=blk-bench mode=irq qd=4 warmup=0.3 secs=0.3 hist=1";
         let events = Vm::start(accel, &pci_disk(&image, 1), job).run();
         let result = one(&events, "result");
         assert_eq!(result["ok"], true, "{result}");
@@ -257,5 +257,6 @@ fn a_warm_up_counts_only_in_totals() {
             assert!(part > 0 && part < whole - whole / 16, "{key}: {result}");
         }
         assert_eq!(field(result, "ops") * 4096, field(result, "bytes"));
+        assert_eq!(counted(result), field(result, "ops"), "{result}");
     }
 }

@@ -1,6 +1,6 @@
 //! The network: two guests, and this test as the other station.
 
-use crate::vm::{Vm, accels, field, one};
+use crate::vm::{Vm, accels, counted, field, one};
 use guest::frame::{self, Flow, Mac, Protocol, Received};
 use guest::payload::{Header, Kind};
 use std::os::unix::net::UnixDatagram;
@@ -167,7 +167,7 @@ fn round_trips_are_timed() {
         let echo = wire(dir.path(), "a", "b", "52:54:00:00:00:01");
         let ping = wire(dir.path(), "b", "a", "52:54:00:00:00:02");
         let echo = Vm::start(accel, &echo, "end=triple job=net-echo ip=10.0.0.1 count=200 secs=30 mode=irq");
-        let job = "end=triple job=net-pingpong ip=10.0.0.2 peer=10.0.0.1 count=200";
+        let job = "end=triple job=net-pingpong ip=10.0.0.2 peer=10.0.0.1 count=200 hist=1";
         let events = Vm::start(accel, &ping, job).run();
         let result = one(&events, "result");
         assert_eq!((&result["ok"], field(result, "round_trips")), (&true.into(), 200), "{result}");
@@ -175,6 +175,7 @@ fn round_trips_are_timed() {
             field(result, "p50_ns") > 0 && field(result, "p50_ns") <= field(result, "max_ns"),
             "{result}"
         );
+        assert_eq!(counted(result), 200, "{result}");
         assert_eq!(one(&echo.run(), "result")["ok"], true);
     }
 }

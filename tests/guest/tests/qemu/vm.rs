@@ -62,6 +62,14 @@ pub(crate) fn field(event: &Value, key: &str) -> i64 {
     event[key].as_i64().unwrap_or_else(|| panic!("no number {key} in {event}"))
 }
 
+/// Values in the distribution of latencies of a result, which must end with the greatest of them.
+pub(crate) fn counted(result: &Value) -> i64 {
+    let classes = result["latency"].as_array().unwrap_or_else(|| panic!("no latency in {result}"));
+    assert!((1..=120).contains(&classes.len()), "{result}");
+    assert_eq!(classes.last().map(|class| &class[0]), Some(&result["max_ns"]), "{result}");
+    classes.iter().map(|class| class[1].as_i64().expect("a count")).sum()
+}
+
 /// A running guest. Dropping it ends QEMU.
 pub(crate) struct Vm {
     qemu: Child,
