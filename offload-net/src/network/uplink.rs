@@ -71,7 +71,7 @@ impl Uplink {
             Self::Down(spec) => match Maker::start(spec.clone(), poller, new_tap) {
                 Ok(maker) => *self = Self::Awaited(spec.clone(), maker),
                 Err(e) => {
-                    tracing::error!(tap = spec.tap, "uplink cannot be made again: no thread for it: {e}")
+                    tracing::error!(tap = spec.tap, "uplink cannot be made again: no thread for it: {e}");
                 }
             },
             Self::None | Self::Awaited(..) => {}
