@@ -152,6 +152,7 @@ fn build<'c>(context: &'c Context<'_>, spec: &Spec<'_>) -> Result<Box<dyn Job + 
     Ok(match &spec.kind {
         Kind::BlkVerify(device, args) => blk::verify(context, spec.number, device, args)?,
         Kind::BlkBench(device, args) => blk::bench(context, spec.number, device, args)?,
+        Kind::BlkFirst(device) => blk::first(context, spec.number, device)?,
         Kind::BlkMalformed(device, args) => blk::malformed(context, spec.number, device, args)?,
         Kind::BlkWatch(device, args) => blk::watch(context, spec.number, device, args)?,
         Kind::NetEcho(device, net, args) => net::echo(context, spec.number, device, net, args)?,

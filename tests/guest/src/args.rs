@@ -118,6 +118,8 @@ pub enum Kind<'a> {
     BlkVerify(Device<'a>, Verify),
     /// `blk-bench`
     BlkBench(Device<'a>, Bench),
+    /// `blk-first`
+    BlkFirst(Device<'a>),
     /// `blk-malformed`
     BlkMalformed(Device<'a>, Malformed<'a>),
     /// `blk-watch`
@@ -234,6 +236,7 @@ fn job<'a>(number: u32, name: &'a str, mut words: Words<'a>) -> Result<Job<'a>, 
     let kind = match name {
         "blk-verify" => Kind::BlkVerify(device(w, 30)?, Verify::parse(w)?),
         "blk-bench" => Kind::BlkBench(device(w, 30)?, Bench::parse(w)?),
+        "blk-first" => Kind::BlkFirst(device(w, 30)?),
         "blk-malformed" => Kind::BlkMalformed(device(w, 1)?, Malformed::parse(w)),
         "blk-watch" => Kind::BlkWatch(device(w, 30)?, Watch::parse(w)?),
         "net-echo" => Kind::NetEcho(device(w, 30)?, Net::parse(w)?, Echo::parse(w)?),

@@ -1,6 +1,7 @@
 //! The block jobs (VirtIO 1.3, 5.2).
 
 mod bench;
+mod first;
 mod load;
 mod malformed;
 mod queue;
@@ -8,6 +9,7 @@ mod verify;
 mod watch;
 
 pub(crate) use bench::bench;
+pub(crate) use first::first;
 pub(crate) use malformed::malformed;
 pub(crate) use verify::verify;
 pub(crate) use watch::watch;
@@ -45,6 +47,8 @@ struct Sizing {
 struct Disk<'a> {
     device: virtio::Device<'a>,
     queues: Vec<Queue>,
+    /// As many as the disk has.
+    num_queues: u16,
     /// In sectors.
     capacity: u64,
     readonly: bool,
@@ -60,6 +64,25 @@ impl<'a> Disk<'a> {
         wanted: &args::Device<'_>,
         sizing: Sizing,
     ) -> Result<Self, String> {
+        let mut disk = Self::set_up(context, wanted, sizing)?;
+        let id = disk.id(context)?;
+        disk.announce(job, Some(&id));
+        Ok(disk)
+    }
+
+    /// The same without a request: the job's own is the first.
+    fn open_untouched(
+        context: &Context<'a>,
+        job: u32,
+        wanted: &args::Device<'_>,
+        sizing: Sizing,
+    ) -> Result<Self, String> {
+        let disk = Self::set_up(context, wanted, sizing)?;
+        disk.announce(job, None);
+        Ok(disk)
+    }
+
+    fn set_up(context: &Context<'a>, wanted: &args::Device<'_>, sizing: Sizing) -> Result<Self, String> {
         let mut features = RO | SEG_MAX | BLK_SIZE;
         for (name, feature) in [("flush", FLUSH), ("mq", MQ)] {
             if !wanted.refuses(name) {
@@ -81,27 +104,31 @@ impl<'a> Disk<'a> {
         }
         device.start();
         let generation = device.generation();
-        let mut disk = Self { readonly: device.has(RO), device, queues, capacity, generation };
-        let id = disk.id(context)?;
-        let field = |feature: u64, value: u64| if disk.device.has(feature) { value } else { 0 };
-        let event = disk
+        Ok(Self { readonly: device.has(RO), device, queues, num_queues, capacity, generation })
+    }
+
+    /// Prints the `device` event.
+    fn announce(&self, job: u32, id: Option<&str>) {
+        let field = |feature: u64, value: u64| if self.device.has(feature) { value } else { 0 };
+        let mut event = self
             .device
-            .describe(Type::Block, disk.queues.len(), disk.queues[0].ring_size())
+            .describe(Type::Block, self.queues.len(), self.queues[0].ring_size())
             .number("job", job)
-            .number("capacity", capacity)
-            .flag("readonly", disk.readonly)
+            .number("capacity", self.capacity)
+            .flag("readonly", self.readonly)
             .number(
                 "blk_size",
-                field(BLK_SIZE, u64::from(u32::from_le_bytes(disk.device.config(CONFIG_BLK_SIZE)))),
+                field(BLK_SIZE, u64::from(u32::from_le_bytes(self.device.config(CONFIG_BLK_SIZE)))),
             )
-            .number("num_queues", num_queues)
+            .number("num_queues", self.num_queues)
             .number(
                 "seg_max",
-                field(SEG_MAX, u64::from(u32::from_le_bytes(disk.device.config(CONFIG_SEG_MAX)))),
-            )
-            .text("id", id);
+                field(SEG_MAX, u64::from(u32::from_le_bytes(self.device.config(CONFIG_SEG_MAX)))),
+            );
+        if let Some(id) = id {
+            event = event.text("id", id);
+        }
         serial::print(event);
-        Ok(disk)
     }
 
     /// The disk's ID string (5.2.6: VIRTIO_BLK_T_GET_ID), empty if it has none.

@@ -260,3 +260,20 @@ fn a_warm_up_counts_only_in_totals() {
         assert_eq!(counted(result), field(result, "ops"), "{result}");
     }
 }
+
+#[test]
+fn the_first_read_is_announced() {
+    for (accel, dir) in accels() {
+        for mode in ["poll", "irq"] {
+            let image = disk(&dir, 4 << 20);
+            let job = format!("end=triple job=blk-first mode={mode} job=idle secs=0.01");
+            let events = Vm::start(accel, &pci_disk(&image, 1), &job).run();
+            let names: Vec<&str> = events.iter().filter_map(|event| event["event"].as_str()).collect();
+            let stages = ["io_begin", "first_io", "io_end", "result", "io_begin", "io_end", "result", "done"];
+            assert_eq!(names[3..], stages, "{events:#?}");
+            let result = one(&events, "result");
+            assert_eq!((&result["ok"], field(result, "status")), (&true.into(), 0), "{result}");
+            assert_eq!(field(one(&events, "first_io"), "us"), field(result, "first_io_us"), "{result}");
+        }
+    }
+}
