@@ -17,6 +17,8 @@ pub(crate) enum Progress {
     Busy,
     /// Nothing: there was nothing to do.
     Idle,
+    /// The same, but the CPU must not sleep: the job watches the clock, or has work that others may interrupt at any time.
+    Awake,
     /// The job is over.
     Done,
 }
@@ -114,14 +116,17 @@ fn poll_all(jobs: &mut [Running<'_, '_>], start: u64) {
         running.job.begin(start);
     }
     let mut alarm_due = true;
+    // Interrupts are on though the CPU does not sleep.
+    let mut armed = false;
     loop {
         let seen = gate::interrupts();
         let now = time::now();
-        let (mut busy, mut running_jobs) = (false, false);
+        let (mut busy, mut awake, mut running_jobs) = (false, false, false);
         for running in jobs.iter_mut().filter(|running| running.ended.is_none()) {
             match running.job.poll(now) {
                 Progress::Done => running.ended = Some(time::now()),
                 Progress::Busy => (busy, running_jobs) = (true, true),
+                Progress::Awake => (awake, running_jobs) = (true, true),
                 Progress::Idle => running_jobs = true,
             }
         }
@@ -129,8 +134,22 @@ fn poll_all(jobs: &mut [Running<'_, '_>], start: u64) {
             return;
         }
         if busy {
+            if core::mem::take(&mut armed) {
+                jobs.iter_mut().for_each(|running| running.job.disarm());
+            }
             continue;
         }
+        if awake {
+            // Who waits for interrupts gets them, though it is polled as well: they are part of what is measured. One that
+            // was asked for stands until there was something to do.
+            if !core::mem::replace(&mut armed, true) {
+                for running in jobs.iter_mut().filter(|running| running.ended.is_none()) {
+                    running.job.arm();
+                }
+            }
+            continue;
+        }
+        armed = false;
         let mut sleepers = jobs.iter_mut().filter(|running| running.ended.is_none());
         if sleepers.all(|running| running.job.arm()) {
             let waiting = jobs.iter().filter(|running| running.ended.is_none());

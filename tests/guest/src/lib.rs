@@ -14,6 +14,7 @@ pub mod exchange;
 pub mod frame;
 pub mod histogram;
 pub mod json;
+pub mod pace;
 pub mod pattern;
 pub mod payload;
 pub mod ring;

@@ -10,6 +10,7 @@ use alloc::vec;
 use alloc::vec::Vec;
 use guest::args::{self, Order};
 use guest::json::Object;
+use guest::pace::Pace;
 use guest::pattern::{Random, SECTOR};
 
 struct Bench {
@@ -23,6 +24,7 @@ struct Bench {
     queues: u64,
     left: u64,
     distribution: bool,
+    pace: Option<Pace>,
     warmup: Option<u64>,
     duration: Option<u64>,
     /// End of the warm-up, then of the measurement.
@@ -56,6 +58,7 @@ pub(crate) fn bench<'c>(
         queues,
         left: load.ops.unwrap_or(u64::MAX),
         distribution: args.distribution,
+        pace: args.rate.map(|rate| Pace::new(context.clock.khz() * 1000, rate)),
         warmup: (args.warmup_us > 0).then(|| context.clock.ticks(args.warmup_us)),
         duration: load.micros.map(|micros| context.clock.ticks(micros)),
         deadline: None,
@@ -65,13 +68,19 @@ pub(crate) fn bench<'c>(
     Ok(Box::new(load))
 }
 
+impl Bench {
+    fn over(&self, now: u64) -> bool {
+        let expired = self.warmup.is_none() && self.deadline.is_some_and(|deadline| now >= deadline);
+        self.left == 0 || expired
+    }
+}
+
 impl Source for Bench {
     fn next(&mut self, queue: usize, now: u64) -> Option<Request> {
         if self.deadline.is_none() {
             self.deadline = self.warmup.or(self.duration).map(|ticks| now + ticks);
         }
-        let over = self.warmup.is_none() && self.deadline.is_some_and(|deadline| now >= deadline);
-        if self.left == 0 || over {
+        if self.over(now) || self.pace.as_mut().is_some_and(|pace| !pace.take(now)) {
             return None;
         }
         if self.warmup.is_none() {
@@ -102,14 +111,19 @@ impl Source for Bench {
 
     fn failed(&mut self, _request: &Request) {}
 
-    fn more(&mut self, _now: u64) -> bool {
-        false
+    fn more(&mut self, now: u64) -> bool {
+        self.pace.is_some() && !self.over(now)
+    }
+
+    fn paced(&self) -> bool {
+        self.pace.is_some()
     }
 
     fn warm(&mut self, now: u64) -> bool {
         let over = self.warmup.is_some() && self.deadline.is_some_and(|deadline| now >= deadline);
         if over {
             self.warmup = None;
+            self.pace.iter_mut().for_each(Pace::forget);
             self.deadline = self.duration.map(|ticks| now + ticks);
         }
         over
@@ -120,7 +134,8 @@ impl Source for Bench {
     }
 
     fn report(&self, event: Object) -> (Object, bool) {
-        (event.number("queue_count", self.queues), true)
+        let event = event.number("queue_count", self.queues);
+        (self.pace.iter().fold(event, |event, pace| event.number("late", pace.late())), true)
     }
 }
 

@@ -32,6 +32,11 @@ pub(super) trait Source {
         false
     }
 
+    /// Whether requests become due while others are in flight: the CPU must not sleep then.
+    fn paced(&self) -> bool {
+        false
+    }
+
     /// Whether the result is to have the distribution of the latencies.
     fn distribution(&self) -> bool {
         false
@@ -164,13 +169,17 @@ impl<S: Source> Job for Load<'_, S> {
             return Progress::Busy;
         }
         if self.disk.queues.iter().all(|queue| queue.in_flight() == 0) {
-            return if self.source.more(now) { Progress::Busy } else { Progress::Done };
+            return match (self.source.more(now), self.source.paced()) {
+                (true, true) => Progress::Awake,
+                (true, false) => Progress::Busy,
+                (false, _) => Progress::Done,
+            };
         }
         if self.disk.queues.iter().any(|queue| queue.silence(now) > self.timeout) {
             self.timed_out = true;
             return Progress::Done;
         }
-        Progress::Idle
+        if self.source.paced() { Progress::Awake } else { Progress::Idle }
     }
 
     fn arm(&mut self) -> bool {
@@ -228,13 +237,8 @@ impl<S: Source> Job for Load<'_, S> {
             .number("measured_us", micros)
             .number("iops", rate(ops))
             .number("max_gap_us", clock.micros(gap));
-        event = clock
-            .report(event, &latency, self.source.distribution())
-            .number("kicks", measured.kicks)
-            .number("irqs", measured.interrupts)
-            .number("total_ops", total_ops)
-            .number("total_kicks", total.kicks)
-            .number("total_irqs", total.interrupts)
+        event = clock.report(event, &latency, self.source.distribution()).number("total_ops", total_ops);
+        event = Signals::report(event, measured, total, &clock)
             .number("config_irqs", health.config_interrupts)
             .flag("config_changed", changed)
             .flag("needs_reset", health.needs_reset)

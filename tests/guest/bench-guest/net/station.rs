@@ -3,6 +3,7 @@
 use super::port::Port;
 use crate::stage::{Context, Job, Progress};
 use crate::time::{self, Clock};
+use crate::virtio::Signals;
 use alloc::boxed::Box;
 use alloc::string::String;
 use guest::args;
@@ -381,15 +382,12 @@ impl<T: Talk> Job for Station<'_, T> {
             .number("icmp", c.icmp)
             .number("retransmits", c.retransmits)
             .number("max_gap_us", self.clock.micros(c.max_gap))
-            .number("kicks", measured.kicks)
-            .number("irqs", measured.interrupts)
             .number("total_ops", c.span.total())
-            .number("total_kicks", total.kicks)
-            .number("total_irqs", total.interrupts)
             .number("config_irqs", health.config_interrupts)
             .number("bogus", bogus)
             .flag("needs_reset", health.needs_reset)
             .flag("timed_out", self.timed_out);
+        let event = Signals::report(event, measured, total, &self.clock);
         let event = match self.peer_mac {
             Some(mac) => event.text("peer_mac", mac),
             None => event,

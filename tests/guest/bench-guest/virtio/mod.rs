@@ -5,7 +5,7 @@ mod pci;
 
 use crate::apic::Vector;
 use crate::memory::{Dma, Registers};
-use crate::time::Clock;
+use crate::time::{self, Clock};
 use alloc::string::{String, ToString};
 use alloc::vec::Vec;
 use core::cell::Cell;
@@ -106,13 +106,34 @@ pub(crate) struct Signals {
     pub(crate) kicks: u64,
     /// Interrupts taken.
     pub(crate) interrupts: u64,
+    /// Time the doorbells took, in ticks, and the longest of them.
+    ticks: u64,
+    longest: u64,
+}
+
+impl Signals {
+    /// Adds them to a result: those after the warm-up, and all of them.
+    pub(crate) fn report(event: Object, measured: Self, total: Self, clock: &Clock) -> Object {
+        event
+            .number("kicks", measured.kicks)
+            .number("irqs", measured.interrupts)
+            .number("total_kicks", total.kicks)
+            .number("total_irqs", total.interrupts)
+            .number("kick_us", clock.micros(total.ticks))
+            .number("max_kick_ns", clock.nanos(total.longest))
+    }
 }
 
 impl core::ops::Add for Signals {
     type Output = Self;
 
     fn add(self, other: Self) -> Self {
-        Self { kicks: self.kicks + other.kicks, interrupts: self.interrupts + other.interrupts }
+        Self {
+            kicks: self.kicks + other.kicks,
+            interrupts: self.interrupts + other.interrupts,
+            ticks: self.ticks + other.ticks,
+            longest: self.longest.max(other.longest),
+        }
     }
 }
 
@@ -134,8 +155,12 @@ impl Queue {
     /// Publishes what was pushed and notifies the device if it wants that.
     pub(crate) fn kick(&mut self) {
         if self.ring.publish() {
+            let begun = time::now();
             self.bell.ring();
+            let took = time::now() - begun;
             self.total.kicks += 1;
+            self.total.ticks += took;
+            self.total.longest = self.total.longest.max(took);
         }
     }
 
@@ -146,7 +171,7 @@ impl Queue {
     /// The I/O phase begins: what came before does not count.
     pub(crate) fn begin(&mut self) {
         // Interrupts are counted by the vector, so here is how many it had.
-        self.total = Signals { kicks: 0, interrupts: self.interrupts() };
+        self.total = Signals { interrupts: self.interrupts(), ..Signals::default() };
         self.warmup = Signals::default();
     }
 
@@ -157,13 +182,17 @@ impl Queue {
 
     /// Since the beginning of the I/O phase.
     pub(crate) fn signals(&self) -> Signals {
-        Signals { kicks: self.total.kicks, interrupts: self.interrupts() - self.total.interrupts }
+        Signals { interrupts: self.interrupts() - self.total.interrupts, ..self.total }
     }
 
     /// Since the warm-up.
     pub(crate) fn measured(&self) -> Signals {
-        let Signals { kicks, interrupts } = self.signals();
-        Signals { kicks: kicks - self.warmup.kicks, interrupts: interrupts - self.warmup.interrupts }
+        let total = self.signals();
+        Signals {
+            kicks: total.kicks - self.warmup.kicks,
+            interrupts: total.interrupts - self.warmup.interrupts,
+            ..total
+        }
     }
 }
 

@@ -117,6 +117,8 @@ pub struct Bench {
     pub order: Order,
     /// Time before the measurement begins, in microseconds.
     pub warmup_us: u64,
+    /// Requests per second; `None`: as fast as they go.
+    pub rate: Option<u64>,
     /// Report the distribution of the latencies.
     pub distribution: bool,
 }
@@ -136,7 +138,8 @@ impl Bench {
             load.micros.get_or_insert(3_000_000);
         }
         let distribution = words.choice("hist", &[("0", false), ("1", true)], false)?;
-        Ok(Self { load, writes, order, warmup_us: words.micros("warmup", 0)?, distribution })
+        let rate = words.maybe("rate", 1, 1 << 30)?;
+        Ok(Self { load, writes, order, rate, warmup_us: words.micros("warmup", 0)?, distribution })
     }
 }
 

@@ -277,3 +277,23 @@ fn the_first_read_is_announced() {
         }
     }
 }
+
+#[test]
+fn a_paced_load_keeps_its_rate() {
+    for (accel, dir) in accels() {
+        for mode in ["poll", "irq"] {
+            let image = disk(&dir, 4 << 20);
+            let job = format!("end=triple job=blk-bench mode={mode} rate=1000 qd=8 warmup=0.2 secs=0.5");
+            let events = Vm::start(accel, &pci_disk(&image, 1), &job).run();
+            let result = one(&events, "result");
+            let (ops, late) = (field(result, "ops"), field(result, "late"));
+            assert_eq!(result["ok"], true, "{result}");
+            // Nothing comes too early. What falls behind on a slow machine is late.
+            assert!(field(result, "total_ops") <= field(result, "us") / 1000 + 2, "{result}");
+            assert!(ops >= 490 || late > 0, "{result}");
+            assert_eq!(mode == "irq", field(result, "irqs") > 0, "{result}");
+            let (sum, longest) = (field(result, "kick_us"), field(result, "max_kick_ns"));
+            assert!(longest > 0 && longest / 1000 <= sum + 1, "{result}");
+        }
+    }
+}
