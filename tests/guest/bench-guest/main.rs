@@ -8,6 +8,7 @@ extern crate alloc;
 mod acpi;
 mod apic;
 mod blk;
+mod compute;
 mod gate;
 mod memory;
 mod misc;
@@ -68,7 +69,13 @@ fn run(boot: &memory::Boot) -> (Clock, bool, End) {
     let needs_devices = |kind: &Kind<'_>| {
         !matches!(
             kind,
-            Kind::Idle(_) | Kind::Spin(_) | Kind::SerialEcho | Kind::Panic | Kind::Fault | Kind::End(_)
+            Kind::Idle(_)
+                | Kind::Spin(_)
+                | Kind::Compute(_)
+                | Kind::SerialEcho
+                | Kind::Panic
+                | Kind::Fault
+                | Kind::End(_)
         )
     };
     let devices = if plan.stages.iter().flatten().any(|job| needs_devices(&job.kind)) {

@@ -3,7 +3,7 @@
 
 use crate::time::{self, Clock};
 use crate::virtio::Found;
-use crate::{apic, blk, gate, memory, misc, net, serial};
+use crate::{apic, blk, compute, gate, memory, misc, net, serial};
 use alloc::boxed::Box;
 use alloc::string::String;
 use alloc::vec::Vec;
@@ -45,6 +45,11 @@ pub(crate) trait Job {
         Some(100_000)
     }
 
+    /// Whether the job ends when all others of its stage have.
+    fn background(&self) -> bool {
+        false
+    }
+
     /// The result, and whether it is a good one. Devices may be touched again.
     fn finish(&mut self, now: u64, event: Object) -> (Object, bool);
 }
@@ -68,8 +73,9 @@ pub(crate) fn run(context: &Context<'_>, number: u64, specs: &[Spec<'_>]) -> boo
 
 fn run_jobs(context: &Context<'_>, number: u64, specs: &[Spec<'_>]) -> bool {
     let mut jobs = Vec::new();
+    let alone = specs.iter().all(|spec| matches!(spec.kind, Kind::Compute(_)));
     for spec in specs {
-        match build(context, spec) {
+        match build(context, spec, alone) {
             Ok(job) => jobs.push(Running { spec, job, ended: None }),
             Err(what) => {
                 serial::print(Object::event("error").number("job", spec.number).text("what", what));
@@ -116,6 +122,8 @@ fn poll_all(jobs: &mut [Running<'_, '_>], start: u64) {
         running.job.begin(start);
     }
     let mut alarm_due = true;
+    let in_front = |running: &Running<'_, '_>| !running.job.background();
+    let company = jobs.iter().any(in_front);
     // Interrupts are on though the CPU does not sleep.
     let mut armed = false;
     loop {
@@ -130,7 +138,9 @@ fn poll_all(jobs: &mut [Running<'_, '_>], start: u64) {
                 Progress::Idle => running_jobs = true,
             }
         }
-        if !running_jobs {
+        // Who works in the background ends with the last of the others: the stage's end is theirs.
+        if !running_jobs || company && jobs.iter().filter(|job| in_front(job)).all(|job| job.ended.is_some())
+        {
             return;
         }
         if busy {
@@ -167,7 +177,7 @@ fn poll_all(jobs: &mut [Running<'_, '_>], start: u64) {
     }
 }
 
-fn build<'c>(context: &'c Context<'_>, spec: &Spec<'_>) -> Result<Box<dyn Job + 'c>, String> {
+fn build<'c>(context: &'c Context<'_>, spec: &Spec<'_>, alone: bool) -> Result<Box<dyn Job + 'c>, String> {
     Ok(match &spec.kind {
         Kind::BlkVerify(device, args) => blk::verify(context, spec.number, device, args)?,
         Kind::BlkBench(device, args) => blk::bench(context, spec.number, device, args)?,
@@ -180,6 +190,10 @@ fn build<'c>(context: &'c Context<'_>, spec: &Spec<'_>) -> Result<Box<dyn Job + 
         Kind::NetExchange(device, net, args) => net::exchange(context, spec.number, device, net, args)?,
         Kind::NetPingPong(device, net, args) => net::ping_pong(context, spec.number, device, net, args)?,
         Kind::Idle(micros) => misc::idle(context, *micros)?,
+        // Alone it would never end.
+        Kind::Compute(micros) => {
+            compute::compute(context, micros.unwrap_or(if alone { 1_000_000 } else { u64::MAX }))
+        }
         Kind::Spin(micros) => misc::spin(context, *micros),
         Kind::SerialEcho => Box::new(misc::SerialEcho::default()),
         Kind::Panic => Box::new(misc::Panic),

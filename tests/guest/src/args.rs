@@ -136,6 +136,8 @@ pub enum Kind<'a> {
     NetPingPong(Device<'a>, Net, PingPong),
     /// `idle`, for microseconds (0: for ever)
     Idle(u64),
+    /// `compute`, for microseconds; `None`: until the other jobs of the stage have ended
+    Compute(Option<u64>),
     /// `spin`, for microseconds
     Spin(u64),
     /// `serial-echo`
@@ -245,6 +247,7 @@ fn job<'a>(number: u32, name: &'a str, mut words: Words<'a>) -> Result<Job<'a>, 
         "net-exchange" => Kind::NetExchange(device(w, 30)?, Net::parse_with_peer(w)?, Window::parse(w)?),
         "net-pingpong" => Kind::NetPingPong(device(w, 30)?, Net::parse_with_peer(w)?, PingPong::parse(w)?),
         "idle" => Kind::Idle(w.micros("secs", 0)?),
+        "compute" => Kind::Compute(w.maybe_micros("secs")?),
         "spin" => Kind::Spin(w.micros("secs", 1_000_000)?),
         "serial-echo" => Kind::SerialEcho,
         "panic" => Kind::Panic,

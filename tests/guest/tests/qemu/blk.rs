@@ -297,3 +297,35 @@ fn a_paced_load_keeps_its_rate() {
         }
     }
 }
+
+#[test]
+fn computing_goes_on_beside_a_load() {
+    for (accel, dir) in accels() {
+        for mode in ["poll", "irq"] {
+            let image = disk(&dir, 4 << 20);
+            let job = format!("end=triple job=blk-bench mode={mode} qd=2 secs=0.4 also=compute");
+            let events = Vm::start(accel, &pci_disk(&image, 1), &job).run();
+            let results: Vec<_> = events.iter().filter(|event| event["event"] == "result").collect();
+            assert_eq!(results.len(), 2, "{events:#?}");
+            let (disk, compute) = (results[0], results[1]);
+            assert!(disk["ok"] == true && field(disk, "ops") > 0, "{disk}");
+            assert_eq!(mode == "irq", field(disk, "irqs") > 0, "{disk}");
+            let [slices, work, lost, us] =
+                ["slices", "work_us", "lost_us", "us"].map(|key| field(compute, key));
+            assert!(slices > 0 && work > 0 && work + lost <= us, "{compute}");
+            assert!(field(compute, "max_gap_ns") / 1000 <= lost + 1, "{compute}");
+            assert!((us - field(disk, "us")).abs() < 50_000, "it ends with the disk's job: {disk} {compute}");
+        }
+    }
+}
+
+#[test]
+fn computing_alone_ends() {
+    for (accel, _dir) in accels() {
+        let args = ["-M", "q35"].map(str::to_owned);
+        let events = Vm::start(accel, &args, "end=triple job=compute secs=0.2 also=compute secs=0.1").run();
+        let result = one(&events, "result");
+        assert!(field(result, "us") >= 200_000 && field(result, "slices") > 1, "{result}");
+        assert_eq!(one(&events, "done")["ok"], true);
+    }
+}
