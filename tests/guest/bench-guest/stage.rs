@@ -130,7 +130,9 @@ fn poll_all(jobs: &mut [Running<'_, '_>], start: u64) {
         let seen = gate::interrupts();
         let now = time::now();
         let (mut busy, mut awake, mut running_jobs) = (false, false, false);
-        for running in jobs.iter_mut().filter(|running| running.ended.is_none()) {
+        for (index, running) in jobs.iter_mut().enumerate().filter(|(_, running)| running.ended.is_none()) {
+            // Jobs before this one may have taken their time.
+            let now = if index == 0 { now } else { time::now() };
             match running.job.poll(now) {
                 Progress::Done => running.ended = Some(time::now()),
                 Progress::Busy => (busy, running_jobs) = (true, true),

@@ -17,6 +17,7 @@ pub mod json;
 pub mod pace;
 pub mod pattern;
 pub mod payload;
+pub mod requests;
 pub mod ring;
 pub mod s5;
 pub mod span;

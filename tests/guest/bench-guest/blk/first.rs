@@ -80,7 +80,7 @@ impl Job for First<'_> {
 
     fn finish(&mut self, _now: u64, event: Object) -> (Object, bool) {
         let health = self.disk.device.health();
-        let bogus: u64 = self.disk.queues.iter().map(|queue: &Queue| queue.bogus).sum();
+        let bogus: u64 = self.disk.queues.iter().map(Queue::bogus).sum();
         let event = event
             .flag("needs_reset", health.needs_reset)
             .flag("timed_out", self.done.is_none())

@@ -3,7 +3,7 @@
 use super::queue::{Op, Queue, Request};
 use super::{CONFIG_CAPACITY, Disk};
 use crate::stage::{Job, Progress};
-use crate::time::{self, Clock};
+use crate::time::Clock;
 use crate::virtio::Signals;
 use alloc::string::String;
 use core::fmt::Display;
@@ -94,44 +94,36 @@ impl<'a, S: Source> Load<'a, S> {
         }
     }
 
-    /// Takes completions of one queue and submits what comes next; whether anything happened.
-    fn turn(&mut self, index: usize) -> bool {
+    /// Takes completions of one queue and submits what comes next; whether anything happened. `now` is the one reading of the clock
+    /// of a turn: it ends and begins the latencies of all its requests.
+    fn turn(&mut self, index: usize, now: u64) -> bool {
         let mut happened = false;
-        if self.disk.queues[index].has_completions() {
-            let now = time::now();
-            while let Some(done) = self.disk.queues[index].complete() {
-                happened = true;
-                let queue = &mut self.disk.queues[index];
-                queue.count(&done, now);
-                match done.request.op {
-                    Op::Read => self.reads += 1,
-                    Op::Write => self.writes += 1,
-                    Op::Flush => self.flushes += 1,
-                    Op::GetId => {}
-                }
-                if done.status == 0 {
-                    self.source.completed(&done.request, queue.data(done.slot, done.request.len as usize));
-                } else {
-                    self.source.failed(&done.request);
-                    let Request { op, sector, len, .. } = done.request;
-                    self.error(format_args!(
-                        "{op:?} of {len} bytes at sector {sector}: status {}",
-                        done.status
-                    ));
-                }
-                self.disk.queues[index].release(done.slot);
+        while let Some(done) = self.disk.queues[index].complete() {
+            happened = true;
+            let queue = &mut self.disk.queues[index];
+            queue.count(&done, now);
+            match done.request.op {
+                Op::Read => self.reads += 1,
+                Op::Write => self.writes += 1,
+                Op::Flush => self.flushes += 1,
+                Op::GetId => {}
             }
+            if done.status == 0 {
+                self.source.completed(&done.request, queue.data(done.slot, done.request.len as usize));
+            } else {
+                self.source.failed(&done.request);
+                let Request { op, sector, len, .. } = done.request;
+                self.error(format_args!("{op:?} of {len} bytes at sector {sector}: status {}", done.status));
+            }
+            self.disk.queues[index].release(done.slot);
         }
-        happened | self.fill(index)
+        happened | self.fill(index, now)
     }
 
-    fn fill(&mut self, index: usize) -> bool {
+    fn fill(&mut self, index: usize, now: u64) -> bool {
         let queue = &mut self.disk.queues[index];
         let mut submitted = false;
-        // One reading of the clock for all requests of a turn.
-        let mut now = None;
         while let Some(slot) = queue.next_slot() {
-            let now = *now.get_or_insert_with(time::now);
             let Some(request) = self.source.next(index, now) else { break };
             if request.op == Op::Write {
                 self.source.prepare(&request, queue.data_mut(slot, request.len as usize));
@@ -158,7 +150,7 @@ impl<S: Source> Job for Load<'_, S> {
         }
         let mut happened = false;
         for index in 0..self.disk.queues.len() {
-            happened |= self.turn(index);
+            happened |= self.turn(index, now);
         }
         if self.source.warm(now) {
             self.begun = now;
@@ -201,7 +193,7 @@ impl<S: Source> Job for Load<'_, S> {
     }
 
     fn finish(&mut self, now: u64, event: Object) -> (Object, bool) {
-        let bogus: u64 = self.disk.queues.iter().map(|queue| queue.bogus).sum();
+        let bogus: u64 = self.disk.queues.iter().map(Queue::bogus).sum();
         if bogus > 0 {
             self.error(format_args!("{bogus} used elements name requests that were not in flight"));
         }

@@ -1,57 +1,12 @@
-//! One request queue of a disk, with fixed buffers: a request occupies a slot, a slot has its header, status, descriptors
-//! and data for ever.
-//!
-//! ```text
-//! meta, 128 bytes per slot:  0 type, reserved, sector | 32 status | 64 indirect table of 3 descriptors
-//! data, `block` bytes per slot
-//! ring:  direct: descriptors 3n, 3n+1, 3n+2;  indirect: descriptor n
-//! ```
+//! One request queue of a disk: its ring, its requests, and what it counted.
 
 use crate::memory::Dma;
 use crate::virtio;
 use alloc::string::String;
-use alloc::vec;
-use alloc::vec::Vec;
 use guest::histogram::Histogram;
 use guest::json::Object;
-use guest::ring::{Descriptor, INDIRECT, NEXT, WRITE};
-
-const META: usize = 128;
-const STATUS: usize = 32;
-const TABLE: usize = 64;
-/// What the status byte holds until the device writes it.
-const UNWRITTEN: u8 = 0xff;
-
-/// Types of request (VirtIO 1.3, 5.2.6).
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub(super) enum Op {
-    Read = 0,
-    Write = 1,
-    Flush = 4,
-    GetId = 8,
-}
-
-/// A request.
-#[derive(Clone, Copy, Debug)]
-pub(super) struct Request {
-    pub(super) op: Op,
-    /// First sector.
-    pub(super) sector: u64,
-    /// Bytes; 0 for a flush.
-    pub(super) len: u32,
-    /// Whatever the job wants to find again.
-    pub(super) tag: u64,
-}
-
-/// A request the device has returned.
-pub(super) struct Completion {
-    pub(super) slot: u16,
-    pub(super) request: Request,
-    /// The status byte; 0 is good.
-    pub(super) status: u8,
-    /// When it was submitted.
-    pub(super) since: u64,
-}
+pub(super) use guest::requests::{Completion, Op, Request};
+use guest::requests::{META, Requests};
 
 /// What a queue counted.
 #[derive(Default)]
@@ -66,25 +21,22 @@ pub(super) struct Stats {
 /// A queue.
 pub(super) struct Queue {
     queue: virtio::Queue,
-    meta: Dma,
+    requests: Requests,
+    /// The requests' memory lives as long as they do.
+    _meta: Dma,
     data: Dma,
     block: usize,
-    indirect: bool,
-    slots: Vec<Option<(Request, u64)>>,
-    free: Vec<u16>,
     /// Last completion, or the submission that ended a time without requests.
     moved: u64,
     pub(super) stats: Stats,
     /// Requests completed since the beginning of the I/O phase.
     pub(super) total: u64,
-    /// The device's offences: heads it never got, or returned twice.
-    pub(super) bogus: u64,
 }
 
 impl Queue {
     /// Takes over a fresh ring.
     pub(super) fn new(
-        queue: virtio::Queue,
+        mut queue: virtio::Queue,
         depth: u16,
         block: usize,
         indirect: bool,
@@ -97,28 +49,13 @@ impl Queue {
                 size / per_request
             ));
         }
-        let mut this = Self {
-            meta: Dma::new(META * usize::from(depth))?,
-            data: Dma::new(block.max(512) * usize::from(depth))?,
-            block: block.max(512),
-            indirect,
-            slots: vec![None; usize::from(depth)],
-            free: (0..depth).rev().collect(),
-            queue,
-            moved: 0,
-            stats: Stats::default(),
-            total: 0,
-            bogus: 0,
+        let block = block.max(512);
+        let (meta, data) = (Dma::new(META * usize::from(depth))?, Dma::new(block * usize::from(depth))?);
+        // SAFETY: the block has the size it takes and stays with the requests.
+        let requests = unsafe {
+            Requests::new(&mut queue.ring, meta.pointer(), data.address(0), block, depth, indirect)
         };
-        if indirect {
-            for slot in 0..depth {
-                let address = this.meta.address(META * usize::from(slot) + TABLE);
-                this.queue
-                    .ring
-                    .set_descriptor(slot, Descriptor { address, len: 48, flags: INDIRECT, next: 0 });
-            }
-        }
-        Ok(this)
+        Ok(Self { queue, requests, _meta: meta, data, block, moved: 0, stats: Stats::default(), total: 0 })
     }
 
     pub(super) fn ring_size(&self) -> u16 {
@@ -127,12 +64,12 @@ impl Queue {
 
     /// Requests in flight.
     pub(super) fn in_flight(&self) -> usize {
-        self.slots.len() - self.free.len()
+        self.requests.in_flight()
     }
 
     /// The slot that the next [`submit`](Self::submit) will use, if one is free.
     pub(super) fn next_slot(&self) -> Option<u16> {
-        self.free.last().copied()
+        self.requests.next_slot()
     }
 
     /// The data of a slot that is not in flight.
@@ -147,45 +84,17 @@ impl Queue {
 
     /// Shows the data of every slot.
     pub(super) fn for_each_buffer(&mut self, mut f: impl FnMut(&mut [u8])) {
-        for slot in 0..self.slots.len() {
+        for slot in 0..self.requests.depth() {
             f(self.data.bytes_mut(self.block * slot, self.block));
         }
     }
 
     /// Puts a request into [`next_slot`](Self::next_slot); the device sees it after [`kick`](Self::kick).
     pub(super) fn submit(&mut self, request: Request, now: u64) {
-        let Some(slot) = self.free.pop() else { return };
-        if self.in_flight() == 1 {
+        if self.in_flight() == 0 {
             self.moved = now;
         }
-        let index = usize::from(slot);
-        let meta = META * index;
-        self.meta.put(meta, request.op as u32);
-        self.meta.put(meta + 4, 0u32);
-        self.meta.put(meta + 8, request.sector);
-        self.meta.put(meta + STATUS, UNWRITTEN);
-        let base = if self.indirect { 0 } else { 3 * slot };
-        let direction = if request.op == Op::Write { 0 } else { WRITE };
-        let after_header = if request.len == 0 { base + 2 } else { base + 1 };
-        let chain = [
-            Descriptor { address: self.meta.address(meta), len: 16, flags: NEXT, next: after_header },
-            Descriptor {
-                address: self.data.address(self.block * index),
-                len: request.len,
-                flags: NEXT | direction,
-                next: base + 2,
-            },
-            Descriptor { address: self.meta.address(meta + STATUS), len: 1, flags: WRITE, next: 0 },
-        ];
-        for (number, descriptor) in (0u16..).zip(chain) {
-            if self.indirect {
-                self.meta.put(meta + TABLE + 16 * usize::from(number), descriptor);
-            } else {
-                self.queue.ring.set_descriptor(base + number, descriptor);
-            }
-        }
-        self.slots[index] = Some((request, now));
-        self.queue.ring.push(if self.indirect { slot } else { base });
+        self.requests.submit(&mut self.queue.ring, request, now);
     }
 
     /// Makes what was submitted visible, and notifies the device if it asks for that.
@@ -200,19 +109,12 @@ impl Queue {
 
     /// Takes the next returned request. Its slot is the caller's until [`release`](Self::release).
     pub(super) fn complete(&mut self) -> Option<Completion> {
-        loop {
-            let used = self.queue.ring.pop()?;
-            let width = if self.indirect { 1 } else { 3 };
-            let slot = (used.id / width) as usize;
-            let whole = used.id % width == 0;
-            let Some((request, since)) = self.slots.get_mut(slot).filter(|_| whole).and_then(Option::take)
-            else {
-                self.bogus += 1;
-                continue;
-            };
-            let status = self.meta.get(META * slot + STATUS);
-            return Some(Completion { slot: slot as u16, request, status, since });
-        }
+        self.requests.complete(&mut self.queue.ring)
+    }
+
+    /// The device's offences: heads it never got, or returned twice.
+    pub(super) fn bogus(&self) -> u64 {
+        self.requests.bogus
     }
 
     /// Counts a completed request.
@@ -220,7 +122,7 @@ impl Queue {
         self.total += 1;
         self.stats.ops += 1;
         self.stats.bytes += u64::from(done.request.len);
-        self.stats.latency.record(now - done.since);
+        self.stats.latency.record(now.saturating_sub(done.since));
         self.stats.max_gap = self.stats.max_gap.max(now.saturating_sub(self.moved));
         self.moved = now;
     }
@@ -232,7 +134,7 @@ impl Queue {
 
     /// Gives a slot back.
     pub(super) fn release(&mut self, slot: u16) {
-        self.free.push(slot);
+        self.requests.release(slot);
     }
 
     /// The I/O phase begins.
