@@ -291,9 +291,10 @@ async fn a_kernel_that_vanishes_boots_again() {
     let kernel = Code::default().print("x").halt().kernel();
     let path = kernel.path().to_owned();
     let mut vm = Vm::boot(&path, 1).await;
+    let mut console = vm.console().await;
+    console.read_until(|seen| seen == b"x").await;
     drop(kernel);
     vm.client.reset(ResetRequest {}).await.unwrap();
-    let mut console = vm.console().await;
     console.read_until(|seen| seen == b"xx").await;
 }
 
