@@ -91,7 +91,7 @@ fn run_jobs(context: &Context<'_>, number: u64, specs: &[Spec<'_>]) -> bool {
     }
     serial::print(Object::event("io_begin").number("stage", number).number("tsc", time::now()));
     let start = time::now();
-    poll_all(&mut jobs, start);
+    poll_all(&context.clock, &mut jobs, start);
     let end = time::now();
     apic::stop_timer();
     let us = context.clock.micros(end - start);
@@ -117,11 +117,12 @@ struct Running<'s, 'c> {
     ended: Option<u64>,
 }
 
-fn poll_all(jobs: &mut [Running<'_, '_>], start: u64) {
+fn poll_all(clock: &Clock, jobs: &mut [Running<'_, '_>], start: u64) {
     for running in jobs.iter_mut() {
         running.job.begin(start);
     }
-    let mut alarm_due = true;
+    // When the timer will fire, if it is set.
+    let mut alarm: Option<u64> = None;
     let in_front = |running: &Running<'_, '_>| !running.job.background();
     let company = jobs.iter().any(in_front);
     // Interrupts are on though the CPU does not sleep.
@@ -166,12 +167,16 @@ fn poll_all(jobs: &mut [Running<'_, '_>], start: u64) {
         if sleepers.all(|running| running.job.arm()) {
             let waiting = jobs.iter().filter(|running| running.ended.is_none());
             let patience = waiting.filter_map(|running| running.job.patience(now)).min();
-            // The timer is set anew only once it has fired: each setting costs an exit to the kernel.
-            if let Some(micros) = patience.filter(|_| alarm_due) {
-                apic::timer(micros.max(50));
+            let due = patience.map(|micros| now.saturating_add(clock.ticks(micros.max(50))));
+            // Not set anew for a later time: each setting costs an exit to the kernel.
+            if let Some(due) = due.filter(|due| alarm.is_none_or(|alarm| *due < alarm)) {
+                apic::timer(clock.micros(due - now));
+                alarm = Some(due);
             }
             gate::sleep(seen);
-            alarm_due = apic::timer_fired();
+            if apic::timer_fired() {
+                alarm = None;
+            }
         }
         for running in jobs.iter_mut().filter(|running| running.ended.is_none()) {
             running.job.disarm();

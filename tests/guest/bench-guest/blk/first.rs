@@ -78,6 +78,10 @@ impl Job for First<'_> {
         self.disk.queues.iter_mut().filter(|_| self.interrupts).for_each(|queue| queue.set_interrupts(false));
     }
 
+    fn patience(&self, now: u64) -> Option<u64> {
+        Some(self.clock.micros(self.timeout.saturating_sub(now.saturating_sub(self.start))) + 1)
+    }
+
     fn finish(&mut self, _now: u64, event: Object) -> (Object, bool) {
         let health = self.disk.device.health();
         let bogus: u64 = self.disk.queues.iter().map(Queue::bogus).sum();

@@ -192,6 +192,12 @@ impl<S: Source> Job for Load<'_, S> {
         }
     }
 
+    /// Completions wake it; the clock is for those that do not come.
+    fn patience(&self, now: u64) -> Option<u64> {
+        let silence = self.disk.queues.iter().map(|queue| queue.silence(now)).max().unwrap_or(0);
+        Some(self.clock.micros(self.timeout.saturating_sub(silence)) + 1)
+    }
+
     fn finish(&mut self, now: u64, event: Object) -> (Object, bool) {
         let bogus: u64 = self.disk.queues.iter().map(Queue::bogus).sum();
         if bogus > 0 {

@@ -1,6 +1,7 @@
 //! `blk-watch`: waits for a change of the configuration.
 
 use super::{CONFIG_CAPACITY, Disk, Sizing};
+use crate::gate;
 use crate::stage::{Context, Job, Progress};
 use crate::time::Clock;
 use alloc::boxed::Box;
@@ -19,6 +20,7 @@ struct Watch<'a> {
     start: u64,
     looked: u64,
     changed: bool,
+    before: u64,
 }
 
 /// Builds the job.
@@ -37,12 +39,14 @@ pub(crate) fn watch<'c>(
         start: 0,
         looked: 0,
         changed: false,
+        before: 0,
     }))
 }
 
 impl Job for Watch<'_> {
     fn begin(&mut self, now: u64) {
         self.start = now;
+        self.before = gate::interrupts();
     }
 
     fn poll(&mut self, now: u64) -> Progress {
@@ -62,6 +66,10 @@ impl Job for Watch<'_> {
         self.interrupts
     }
 
+    fn patience(&self, now: u64) -> Option<u64> {
+        Some(self.clock.micros(self.ticks.saturating_sub(now.saturating_sub(self.start))) + 1)
+    }
+
     fn finish(&mut self, _now: u64, event: Object) -> (Object, bool) {
         let after = u64::from_le_bytes(self.disk.device.config(CONFIG_CAPACITY));
         let health = self.disk.device.health();
@@ -69,6 +77,7 @@ impl Job for Watch<'_> {
             .flag("changed", self.changed)
             .number("before", self.disk.capacity)
             .number("after", after)
+            .number("wakeups", gate::interrupts() - self.before)
             .number("config_irqs", health.config_interrupts)
             .flag("needs_reset", health.needs_reset);
         (event, self.changed && !health.needs_reset)

@@ -329,3 +329,44 @@ fn computing_alone_ends() {
         assert_eq!(one(&events, "done")["ok"], true);
     }
 }
+
+#[test]
+fn who_waits_for_interrupts_sleeps() {
+    for (accel, dir) in accels() {
+        let image = disk(&dir, 4 << 20);
+        let job = "end=triple job=blk-watch secs=2 mode=irq";
+        let events = Vm::start(accel, &pci_disk(&image, 1), job).run();
+        let result = one(&events, "result");
+        assert!(result["changed"] == false && field(result, "us") >= 2_000_000, "{result}");
+        // The end, and again if the timer's clock and the TSC do not agree on it.
+        assert!((1..=5).contains(&field(result, "wakeups")), "{result}");
+    }
+}
+
+#[test]
+fn a_request_that_never_comes_back_ends_the_sleep() {
+    for (accel, dir) in accels() {
+        let image = disk(&dir, 4 << 20);
+        let mut args = pci_disk(&image, 1);
+        // One request per second: the second one waits longer than the guest does.
+        args[3].push_str(",throttling.iops-total=1");
+        let job = "end=triple job=blk-bench mode=irq qd=4 timeout=0.3 secs=30";
+        let events = Vm::start(accel, &args, job).run();
+        let result = one(&events, "result");
+        assert!(result["ok"] == false && result["timed_out"] == true, "{result}");
+        assert!((300_000..20_000_000).contains(&field(result, "us")), "{result}");
+    }
+}
+
+#[test]
+fn a_little_memory_is_enough() {
+    for (accel, dir) in accels() {
+        let image = disk(&dir, 4 << 20);
+        let mut args = pci_disk(&image, 1);
+        args.extend(["-m", "32"].map(str::to_owned));
+        let job = "end=triple job=blk-bench mode=irq qd=8 bs=4K secs=0.2";
+        let events = Vm::start(accel, &args, job).run();
+        assert!(field(one(&events, "boot"), "mem") < 32 << 20, "{events:#?}");
+        assert_eq!(one(&events, "result")["ok"], true, "{events:#?}");
+    }
+}
