@@ -53,6 +53,13 @@ impl Span {
         limit > 0 && self.measured_from().is_some_and(|from| now.saturating_sub(from) >= limit)
     }
 
+    /// Ticks until the measurement has [lasted](Self::expired) `limit` ticks; `None` if that is 0 or nothing has begun.
+    #[must_use]
+    pub fn left(&self, now: u64, limit: u64) -> Option<u64> {
+        let from = self.measured_from().filter(|_| limit > 0)?;
+        Some(from.saturating_add(limit).saturating_sub(now))
+    }
+
     /// Operations after the warm-up.
     #[must_use]
     pub fn ops(&self) -> u64 {
@@ -91,6 +98,10 @@ mod tests {
         assert!(span.warm(1105) && !span.warm(1106), "once");
         assert!(span.count(1110, 7) && span.count(1150, 7));
         assert_eq!((span.ops(), span.bytes(), span.total(), span.ticks()), (2, 14, 4, 50));
+        assert_eq!(
+            (span.left(1040, 50), span.left(1200, 50), span.left(1040, 0)),
+            (Some(110), Some(0), None)
+        );
         assert!(!span.expired(1149, 50) && span.expired(1150, 50) && !span.expired(1150, 0));
     }
 

@@ -105,8 +105,8 @@ impl Talk for Talker {
         Some(self.exchange.progress())
     }
 
-    fn patience(&self) -> u64 {
-        RESEND_US / 2
+    fn patience(&self, _now: u64, _counters: &Counters, _clock: &Clock) -> Option<u64> {
+        Some(RESEND_US / 2)
     }
 
     fn report(&mut self, event: Object, counters: &Counters, _clock: &Clock) -> (Object, bool) {

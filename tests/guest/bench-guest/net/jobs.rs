@@ -74,6 +74,11 @@ impl Talk for Echo {
         None
     }
 
+    fn patience(&self, now: u64, _counters: &Counters, clock: &Clock) -> Option<u64> {
+        let left = self.ticks.saturating_sub(now.saturating_sub(self.start));
+        (self.ticks > 0).then(|| clock.micros(left) + 1)
+    }
+
     fn report(&mut self, event: Object, counters: &Counters, _clock: &Clock) -> (Object, bool) {
         (event, self.count == 0 || counters.tx + counters.pings() >= self.count)
     }
@@ -89,7 +94,6 @@ struct Send {
     interval: u64,
     /// Of the measurement; 0: any.
     ticks: u64,
-    clock: Clock,
 }
 
 /// Builds `net-send`.
@@ -109,7 +113,6 @@ pub(crate) fn send<'c>(
         protocol: args.protocol,
         interval: (context.clock.khz() * 1000).checked_div(args.rate).unwrap_or(0),
         ticks: context.clock.ticks(args.micros),
-        clock: context.clock,
     };
     station(context, number, wanted, net, args.protocol.overhead() + size, talk)
 }
@@ -162,8 +165,8 @@ impl Talk for Send {
         Some(self.sent)
     }
 
-    fn patience(&self) -> u64 {
-        if self.interval > 0 { self.clock.micros(self.interval).clamp(100, 100_000) } else { 20_000 }
+    fn patience(&self, _now: u64, _counters: &Counters, clock: &Clock) -> Option<u64> {
+        Some(if self.interval > 0 { clock.micros(self.interval).clamp(100, 100_000) } else { 20_000 })
     }
 
     fn report(&mut self, event: Object, counters: &Counters, _clock: &Clock) -> (Object, bool) {
@@ -249,6 +252,13 @@ impl Talk for Receive {
 
     fn progress(&self, _counters: &Counters) -> Option<u64> {
         None
+    }
+
+    fn patience(&self, now: u64, counters: &Counters, clock: &Clock) -> Option<u64> {
+        let silence = now.saturating_sub(counters.last().unwrap_or(self.start));
+        let timeout = self.timeout.saturating_sub(silence);
+        let left = counters.span.left(now, self.ticks).unwrap_or(timeout).min(timeout);
+        Some(clock.micros(left) + 1)
     }
 
     fn report(&mut self, event: Object, counters: &Counters, _clock: &Clock) -> (Object, bool) {
@@ -366,8 +376,8 @@ impl Talk for PingPong {
         Some(self.next)
     }
 
-    fn patience(&self) -> u64 {
-        self.retry_us.clamp(100, 100_000)
+    fn patience(&self, _now: u64, _counters: &Counters, _clock: &Clock) -> Option<u64> {
+        Some(self.retry_us.clamp(100, 100_000))
     }
 
     fn report(&mut self, event: Object, counters: &Counters, clock: &Clock) -> (Object, bool) {

@@ -145,9 +145,9 @@ pub(super) trait Talk {
     /// ever.
     fn progress(&self, counters: &Counters) -> Option<u64>;
 
-    /// How long the job can do without the clock, in microseconds.
-    fn patience(&self) -> u64 {
-        100_000
+    /// How long the job can do without the clock, in microseconds; `None`: for ever.
+    fn patience(&self, _now: u64, _counters: &Counters, _clock: &Clock) -> Option<u64> {
+        Some(100_000)
     }
 
     /// Adds to the result; whether it is good.
@@ -353,8 +353,10 @@ impl<T: Talk> Job for Station<'_, T> {
         self.port.disarm();
     }
 
-    fn patience(&self, _now: u64) -> Option<u64> {
-        Some(self.talk.patience())
+    fn patience(&self, now: u64) -> Option<u64> {
+        let asking = (self.peer.is_some() && self.peer_mac.is_none()).then_some(ASK_US);
+        let talking = self.talk.patience(now, &self.counters, &self.clock);
+        asking.into_iter().chain(talking).min()
     }
 
     fn finish(&mut self, _now: u64, event: Object) -> (Object, bool) {
