@@ -18,7 +18,6 @@ const QUEUE_SIZE_MAX: usize = 0x34;
 const QUEUE_SIZE: usize = 0x38;
 const QUEUE_READY: usize = 0x44;
 const QUEUE_NOTIFY: usize = 0x50;
-const INTERRUPT_STATUS: usize = 0x60;
 const INTERRUPT_ACKNOWLEDGE: usize = 0x64;
 const STATUS: usize = 0x70;
 const QUEUE_DESCRIPTORS: usize = 0x80;
@@ -101,11 +100,10 @@ impl Mmio {
         vector.route(self.irq)
     }
 
+    /// Acknowledges both causes, whichever it was: one that came up after a look at the status would keep the level raised, and there
+    /// would be no edge any more.
     pub(super) fn acknowledge(&self) {
-        let pending: u32 = self.registers.read(INTERRUPT_STATUS);
-        if pending != 0 {
-            self.registers.write(INTERRUPT_ACKNOWLEDGE, pending);
-        }
+        self.registers.write(INTERRUPT_ACKNOWLEDGE, 3u32);
     }
 
     pub(super) fn select_queue(&self, index: u16) -> u16 {

@@ -206,6 +206,8 @@ pub(crate) struct Device<'a> {
     interrupts: bool,
     ring_size: u16,
     config_vector: Option<Vector>,
+    /// Interrupts that had been taken when the last one was acknowledged.
+    acknowledged: Cell<u64>,
 }
 
 /// Where a job's device is in its life, for the report.
@@ -243,6 +245,7 @@ impl<'a> Device<'a> {
             interrupts: wanted.interrupts,
             ring_size: wanted.ring,
             config_vector: None,
+            acknowledged: Cell::new(u64::MAX),
         };
         let mut mask = wanted_features | INDIRECT_DESC | EVENT_IDX;
         for (name, feature) in [("indirect", INDIRECT_DESC), ("eventidx", EVENT_IDX)] {
@@ -349,10 +352,14 @@ impl<'a> Device<'a> {
         self.config_vector.map_or(0, |vector| vector.count())
     }
 
-    /// A level that virtio-mmio keeps raised until it is acknowledged.
+    /// A level that virtio-mmio keeps raised until it is acknowledged. An exit to the VMM, so only after interrupts. Call it before looking
+    /// at the rings.
     pub(crate) fn acknowledge(&self) {
         if let (Transport::Mmio(t), true) = (&self.found.transport, self.interrupts) {
-            t.acknowledge();
+            let taken = crate::gate::interrupts();
+            if self.acknowledged.replace(taken) != taken {
+                t.acknowledge();
+            }
         }
     }
 
