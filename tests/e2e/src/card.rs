@@ -6,8 +6,9 @@ use std::process::Command;
 use proto::v1::card_client::CardClient;
 use proto::v1::network_card_client::NetworkCardClient;
 use proto::v1::{
-    BlockDeviceSpec, CreateDeviceRequest, CreateNetworkRequest, DeleteDeviceRequest, Device, DeviceSpec,
-    GetCardStatsRequest, IdentifyRequest, NetDeviceSpec, NetworkSpec, QueueStats, device_spec,
+    BlockDeviceSpec, CreateDeviceRequest, CreateNetworkRequest, DeleteDeviceRequest, DeleteNetworkRequest,
+    Device, DeviceSpec, GetCardStatsRequest, IdentifyRequest, NetDeviceSpec, NetworkSpec, QueueStats,
+    device_spec,
 };
 use tokio::runtime::Runtime;
 use tonic::Status;
@@ -105,6 +106,11 @@ impl Card {
 
     /// Makes a network, with a TAP that has `address` on the host's side if both are given.
     pub fn network(&self, id: &str, tap: &str, address: &str) {
+        self.try_network(id, tap, address).expect("create network");
+    }
+
+    /// The same without a panic.
+    pub fn try_network(&self, id: &str, tap: &str, address: &str) -> Result<(), Status> {
         let spec = NetworkSpec {
             id: id.to_owned(),
             tap: tap.to_owned(),
@@ -112,16 +118,25 @@ impl Card {
             mtu: 0,
         };
         let request = CreateNetworkRequest { spec: Some(spec), ..Default::default() };
-        self.runtime
-            .block_on(NetworkCardClient::new(self.channel.clone()).create_network(request))
-            .expect("create network");
+        self.runtime.block_on(NetworkCardClient::new(self.channel.clone()).create_network(request)).map(drop)
+    }
+
+    /// Removes a network without devices, and its TAP.
+    pub fn delete_network(&self, id: &str) -> Result<(), Status> {
+        let request = DeleteNetworkRequest { id: id.to_owned() };
+        self.runtime.block_on(NetworkCardClient::new(self.channel.clone()).delete_network(request)).map(drop)
     }
 
     /// A virtio-net device in `network`; the last byte of its MAC is `n`.
     pub fn nic(&self, id: &str, network: &str, n: u8) -> Device {
+        self.try_nic(id, network, n).expect("create network device")
+    }
+
+    /// The same without a panic.
+    pub fn try_nic(&self, id: &str, network: &str, n: u8) -> Result<Device, Status> {
         let spec = NetDeviceSpec { network: network.to_owned(), mac: mac(n).to_vec(), ..Default::default() };
         let kind = Some(device_spec::Kind::Net(spec));
-        self.create(DeviceSpec { id: id.to_owned(), kind }).expect("create network device")
+        self.create(DeviceSpec { id: id.to_owned(), kind })
     }
 
     /// Removes a device; returns when nothing of it is left.

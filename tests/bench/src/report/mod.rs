@@ -10,7 +10,7 @@ pub(crate) mod html;
 mod palette;
 pub(crate) mod progress;
 pub(crate) mod table;
-mod targets;
+pub(crate) mod targets;
 
 use std::path::Path;
 

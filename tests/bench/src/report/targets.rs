@@ -165,6 +165,8 @@ pub(crate) struct Outcome {
     /// The cell that decided, and of how many.
     pub(crate) cell: String,
     pub(crate) verdict: Verdict,
+    /// It is a count or a size, which neither a slow nor a busy machine changes.
+    pub(crate) noise_free: bool,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -205,7 +207,7 @@ impl Target {
             let missed = |s: &Shown| matches!(s.verdict, Verdict::Missed | Verdict::MissedBarely);
             missed(b).cmp(&missed(a)).then(b.excess.total_cmp(&a.excess))
         });
-        let (name, condition) = (self.name, self.condition());
+        let (name, condition, noise_free) = (self.name, self.condition(), self.is_noise_free());
         match shown.first() {
             Some((cell, worst)) => {
                 let of = match shown.len() {
@@ -213,7 +215,14 @@ impl Target {
                     n => format!(" (worst of {n})"),
                 };
                 let cell = format!("{}{of}", cell.id);
-                Outcome { name, condition, measured: worst.text.clone(), cell, verdict: worst.verdict }
+                Outcome {
+                    name,
+                    condition,
+                    measured: worst.text.clone(),
+                    cell,
+                    verdict: worst.verdict,
+                    noise_free,
+                }
             }
             None => Outcome {
                 name,
@@ -221,8 +230,17 @@ impl Target {
                 measured: self.why_not(&cells),
                 cell: self.cells.to_owned(),
                 verdict: Verdict::NotMeasured,
+                noise_free,
             },
         }
+    }
+
+    fn is_noise_free(&self) -> bool {
+        let counted = matches!(
+            self.metric,
+            Metric::UserExitsPerOp | Metric::KicksPerOp | Metric::IrqsPerOp | Metric::MemoryBytes
+        );
+        counted && matches!(self.rule, Rule::AtMost(_) | Rule::Below(_))
     }
 
     fn shown(&self, cell: &Cell) -> Option<Shown> {

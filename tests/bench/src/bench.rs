@@ -1,0 +1,104 @@
+//! What all measurements of a run share: directories, the test file, processors, durations.
+
+use std::fs::{self, File};
+use std::io::{Read, Seek, SeekFrom, Write};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use anyhow::{Context, bail};
+
+use crate::workload::Backing;
+
+/// Length of the test file, and of disks without one.
+pub(crate) const DISK_BYTES: u64 = 1 << 30;
+
+/// Processors to pin to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Placement {
+    /// For the vCPU of a guest that is alone.
+    pub(crate) vcpu: usize,
+    /// For what does its I/O, and everything else.
+    pub(crate) backend: usize,
+}
+
+/// A run's environment. Dropping it removes what it made.
+#[derive(Debug)]
+pub(crate) struct Bench {
+    /// Sockets, logs and images of one's own.
+    pub(crate) dir: tempfile::TempDir,
+    /// The file behind disks that have one; always written in full, never sparse.
+    pub(crate) file: PathBuf,
+    /// Seconds before a sample counts, and that count.
+    pub(crate) warmup: f64,
+    pub(crate) measure: f64,
+    /// `None`: threads are left to the scheduler.
+    pub(crate) placement: Option<Placement>,
+}
+
+impl Bench {
+    /// Makes directories and the test file below `files`, which should be on a real file system.
+    pub(crate) fn new(files: &Path, warmup: f64, measure: f64, pin: bool) -> anyhow::Result<Self> {
+        let cpus = std::thread::available_parallelism().map_or(1, usize::from);
+        if cpus < 2 {
+            bail!(
+                "this machine has one processor; a guest and what serves it need one each: use a machine with two or more"
+            );
+        }
+        fs::create_dir_all(files).with_context(|| format!("creating {}", files.display()))?;
+        let bench = Self {
+            dir: e2e::temp_dir(),
+            file: files.join("disk.img"),
+            warmup,
+            measure,
+            placement: pin.then_some(Placement { vcpu: 0, backend: 1 }),
+        };
+        bench.make_file()?;
+        Ok(bench)
+    }
+
+    /// Writes the test file unless it is there from an earlier run.
+    fn make_file(&self) -> anyhow::Result<()> {
+        let what = || format!("writing the test file {}", self.file.display());
+        let there = fs::metadata(&self.file).is_ok_and(|m| {
+            use std::os::unix::fs::MetadataExt;
+            m.len() == DISK_BYTES && m.blocks() * 512 >= DISK_BYTES
+        });
+        if there {
+            return Ok(());
+        }
+        let mut file = File::create(&self.file).with_context(what)?;
+        // Not compressible, not the same twice: whatever is below should have no easy life.
+        let mut block = vec![0u64; 1 << 17];
+        let mut state = 1u64;
+        for _ in 0..DISK_BYTES / (block.len() as u64 * 8) {
+            for word in &mut block {
+                state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+                *word = state;
+            }
+            let bytes: Vec<u8> = block.iter().flat_map(|word| word.to_le_bytes()).collect();
+            file.write_all(&bytes).with_context(what)?;
+        }
+        file.sync_all().with_context(what)
+    }
+
+    /// Makes the state that a backing is measured in: all of the file in the page cache, or no dirty page left of it.
+    pub(crate) fn prepare(&self, backing: Backing) -> anyhow::Result<()> {
+        let what = || format!("reading the test file {}", self.file.display());
+        match backing {
+            Backing::Null => Ok(()),
+            Backing::Buffered => {
+                let mut file = File::open(&self.file).with_context(what)?;
+                file.seek(SeekFrom::Start(0)).with_context(what)?;
+                let mut buffer = vec![0; 1 << 20];
+                while file.read(&mut buffer).with_context(what)? > 0 {}
+                Ok(())
+            }
+            Backing::Direct => File::open(&self.file).and_then(|f| f.sync_all()).with_context(what),
+        }
+    }
+
+    /// How long a guest's work may take before something is wrong.
+    pub(crate) fn patience(&self) -> Duration {
+        Duration::from_secs_f64(self.warmup + self.measure + 30.0)
+    }
+}

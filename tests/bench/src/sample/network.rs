@@ -1,0 +1,84 @@
+//! Measurements of the suite `network`.
+
+mod host_peer;
+
+use anyhow::Context;
+
+use super::{MEMORY_MIB, add_used, of_job, run_booted, timing};
+use crate::bench::Bench;
+use crate::results::{Metric, Sample};
+use crate::system::{GuestSetup, HOST_IP, Setup, Vmm};
+use crate::workload::{GuestMode, Peer, Traffic};
+use host_peer::HostPeer;
+
+const SENDER_IP: &str = "10.9.0.2";
+const RECEIVER_IP: &str = "10.9.0.3";
+/// Nobody's, so that the host drops what is sent there as soon as it has it: the host's own stack is not what is measured.
+const NOBODY: &str = "peer=10.9.0.99 peer_mac=02:00:00:00:0b:63";
+
+/// Ethernet, IPv4 and UDP headers in bytes.
+const HEADERS: u16 = 14 + 20 + 8;
+
+/// Payload bytes of the guest's frames.
+fn payload(traffic: Traffic) -> u16 {
+    match traffic {
+        // The smallest that the guest's own header leaves.
+        Traffic::Packets => 66 - HEADERS,
+        Traffic::Frames => 1514 - HEADERS,
+        Traffic::Bulk => 60 * 1024,
+        Traffic::RoundTrip => 64,
+    }
+}
+
+pub(super) fn sample(
+    vmm: &mut impl Vmm,
+    bench: &Bench,
+    traffic: Traffic,
+    peer: Peer,
+    guest: GuestMode,
+) -> anyhow::Result<Sample> {
+    let (size, mode) = (payload(traffic), guest.name());
+    let offload = if traffic == Traffic::Bulk { "proto=tcp offload=csum,tso rxbuf=65536" } else { "" };
+    let common = format!("mode={mode} size={size} wait=serial {offload}");
+    let (to, one_by_one) = match (peer, traffic) {
+        (Peer::Guest, Traffic::RoundTrip) => (format!("peer={RECEIVER_IP}"), true),
+        (Peer::Host, Traffic::RoundTrip) => (format!("peer={HOST_IP}"), true),
+        (Peer::Guest, _) => (format!("peer={RECEIVER_IP}"), false),
+        (Peer::Host, _) => (NOBODY.to_owned(), false),
+    };
+    let job = if one_by_one { "net-pingpong" } else { "net-send" };
+    let sender = format!("end=halt job={job} ip={SENDER_IP} {to} {common} {}", timing(bench));
+    let mut guests = vec![networked("sender", sender, 2)];
+    if peer == Peer::Guest {
+        // It begins with the sender and ends after it.
+        let longer = bench.warmup + bench.measure + 1.0;
+        let receiver = if one_by_one {
+            format!("end=halt job=net-echo ip={RECEIVER_IP} mode={mode} wait=serial secs={longer}")
+        } else {
+            let warmup = bench.warmup;
+            format!("end=halt job=net-recv ip={RECEIVER_IP} {common} min=1 secs={longer} warmup={warmup}")
+        };
+        guests.push(networked("receiver", receiver, 3));
+    }
+    let setup = Setup { guests, uplink: peer == Peer::Host, quick_start: false };
+    let booted = vmm.boot(bench, &setup)?;
+    let _echo = (one_by_one && peer == Peer::Host).then(HostPeer::start).transpose()?;
+    let (booted, used) = run_booted(booted, bench, &setup)?;
+    let sent = booted.guests[0].result(bench.patience())?;
+    let counted = match (peer, one_by_one) {
+        (Peer::Guest, false) => booted.guests.last().context("no guest")?.result(bench.patience())?,
+        _ => sent,
+    };
+    let mut sample = of_job(&counted)?;
+    if peer == Peer::Host && !one_by_one {
+        // What arrived counts, not what was sent.
+        sample.values.insert(Metric::OpsPerS, used.frames / used.seconds);
+        sample.values.insert(Metric::BytesPerS, used.frame_bytes / used.seconds);
+    }
+    add_used(&mut sample, &used, std::slice::from_ref(&counted))?;
+    Ok(sample)
+}
+
+fn networked(name: &str, cmdline: String, nic: u8) -> GuestSetup {
+    GuestSetup { name: name.into(), memory_mib: MEMORY_MIB, cmdline, disk: None, nic: Some(nic) }
+}

@@ -1,0 +1,246 @@
+//! Outboard as it is: the hypervisor in one process, its devices in cards.
+
+use std::path::PathBuf;
+use std::process::Command;
+use std::rc::Rc;
+
+use anyhow::{Context, anyhow};
+use proto::v1::{BlockDeviceSpec, Device, PollMode};
+
+use super::{Booted, Disk, Setup, Vmm};
+use crate::bench::Bench;
+use crate::probe::place_process;
+use crate::results;
+use crate::vm::Guest;
+use crate::workload::{Backing, Workload};
+
+/// When a card's threads poll.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Poll {
+    /// For as long as it pays.
+    Adaptive,
+    /// Always.
+    Always,
+    /// Never: they sleep until they are kicked.
+    Never,
+}
+
+impl Poll {
+    /// As the network card's option has it, which is for all its devices.
+    fn option(self) -> &'static str {
+        match self {
+            Self::Adaptive => "adaptive",
+            Self::Always => "always",
+            Self::Never => "never",
+        }
+    }
+
+    /// As a disk's specification has it.
+    fn mode(self) -> PollMode {
+        match self {
+            Self::Adaptive => PollMode::Adaptive,
+            Self::Always => PollMode::Always,
+            Self::Never => PollMode::Never,
+        }
+    }
+}
+
+/// Hypervisor and cards.
+pub(crate) struct Card {
+    poll: Poll,
+    cards: Option<Cards>,
+}
+
+/// The card processes of a system, each started when it is first needed. They live as long as the system does; devices come
+/// and go with each measurement.
+pub(crate) struct Cards {
+    directory: PathBuf,
+    poll: Poll,
+    storage: Option<Process>,
+    network: Option<Process>,
+}
+
+struct Process {
+    card: Rc<e2e::card::Card>,
+    pid: u32,
+}
+
+impl Cards {
+    /// Cards that keep what they have below a directory of this name.
+    pub(crate) fn new(bench: &Bench, name: &str, poll: Poll) -> Self {
+        Self { directory: bench.dir.path().join(name), poll, storage: None, network: None }
+    }
+
+    /// Makes the devices of `setup`, in the order of its guests; each guard removes its device.
+    pub(crate) fn devices(&mut self, bench: &Bench, setup: &Setup) -> anyhow::Result<Vec<Vec<Plugged>>> {
+        let poll = self.poll;
+        let start = |program: &'static str, arguments: &[&str]| {
+            let mut card = e2e::card::Card::start_with(program, &self.directory.join(program), arguments);
+            let pid = card.process().pid();
+            Process { card: Rc::new(card), pid }
+        };
+        let network = if setup.guests.iter().any(|guest| guest.nic.is_some()) {
+            let process =
+                self.network.get_or_insert_with(|| start("offload-net", &["--poll", poll.option()]));
+            place_process(process.pid, setup.backend_cpu(bench));
+            Some(Network::new(&process.card, setup.uplink)?)
+        } else {
+            None
+        };
+        let mut all = Vec::new();
+        for guest in &setup.guests {
+            let mut devices = Vec::new();
+            if let Some(disk) = &guest.disk {
+                let process = self.storage.get_or_insert_with(|| start("offload-blk", &[]));
+                place_process(process.pid, setup.backend_cpu(bench));
+                devices.push(Plugged::disk(&process.card, &format!("{}-disk", guest.name), disk, poll)?);
+            }
+            if let (Some(last), Some(network)) = (guest.nic, &network) {
+                devices.push(Plugged::nic(&format!("{}-nic", guest.name), network, last)?);
+            }
+            all.push(devices);
+        }
+        Ok(all)
+    }
+
+    /// Those that run.
+    pub(crate) fn pids(&self) -> Vec<u32> {
+        [&self.storage, &self.network].into_iter().flatten().map(|process| process.pid).collect()
+    }
+}
+
+/// A network of a card, removed when its last device is gone.
+struct Network {
+    card: Rc<e2e::card::Card>,
+}
+
+const NETWORK: &str = "bench";
+
+impl Network {
+    fn new(card: &Rc<e2e::card::Card>, uplink: bool) -> anyhow::Result<Rc<Self>> {
+        let (tap, address) =
+            if uplink { (super::qemu::TAP, format!("{}/24", super::HOST_IP)) } else { ("", String::new()) };
+        card.try_network(NETWORK, tap, &address)
+            .map_err(|e| anyhow!("creating a network: {}", e.message()))?;
+        Ok(Rc::new(Self { card: card.clone() }))
+    }
+}
+
+impl Drop for Network {
+    fn drop(&mut self) {
+        if let Err(e) = self.card.delete_network(NETWORK) {
+            eprintln!("offload-bench: removing network {NETWORK}: {}", e.message());
+        }
+    }
+}
+
+/// A device of a card that exists. Dropping it removes it.
+pub(crate) struct Plugged {
+    card: Rc<e2e::card::Card>,
+    id: String,
+    _network: Option<Rc<Network>>,
+    /// As the card describes it.
+    pub(crate) device: Device,
+}
+
+impl Plugged {
+    fn disk(card: &Rc<e2e::card::Card>, id: &str, disk: &Disk, poll: Poll) -> anyhow::Result<Self> {
+        let (queues, poll) = (u32::from(disk.queues), poll.mode().into());
+        let spec = match disk.backing {
+            Backing::Null => BlockDeviceSpec { null_bytes: disk.bytes, queues, poll, ..Default::default() },
+            backing => BlockDeviceSpec {
+                path: disk.path.to_str().context("the test file's path is not UTF-8")?.to_owned(),
+                queues,
+                poll,
+                direct: backing == Backing::Direct,
+                ..Default::default()
+            },
+        };
+        let device =
+            card.create_block(id, spec).map_err(|e| anyhow!("creating disk {id}: {}", e.message()))?;
+        Ok(Self { card: card.clone(), id: id.to_owned(), _network: None, device })
+    }
+
+    fn nic(id: &str, network: &Rc<Network>, last: u8) -> anyhow::Result<Self> {
+        let card = &network.card;
+        let device = card
+            .try_nic(id, NETWORK, last)
+            .map_err(|e| anyhow!("creating network device {id}: {}", e.message()))?;
+        Ok(Self { card: card.clone(), id: id.to_owned(), _network: Some(network.clone()), device })
+    }
+}
+
+impl Drop for Plugged {
+    fn drop(&mut self) {
+        if let Err(e) = self.card.delete(&self.id) {
+            eprintln!("offload-bench: removing device {}: {}", self.id, e.message());
+        }
+    }
+}
+
+/// `outboard-hypervisor` for a guest with these devices.
+pub(crate) fn hypervisor(guest: &super::GuestSetup, slots: &[String]) -> Command {
+    let mut command = Command::new(e2e::binary("outboard-hypervisor"));
+    command.arg("--kernel").arg(e2e::binary("bench-guest"));
+    command.arg("--memory").arg(format!("{}M", guest.memory_mib));
+    command.arg("--cmdline").arg(&guest.cmdline);
+    for slot in slots {
+        command.arg("--device").arg(slot);
+    }
+    command
+}
+
+/// The slot for a card's device, as the hypervisor's option has it.
+pub(crate) fn slot(device: &Device) -> String {
+    format!(
+        "{},id={},queues={},queue-size={},config-size={}",
+        device.socket_path, device.virtio_device_id, device.queues, device.queue_size, device.config_size
+    )
+}
+
+impl Card {
+    pub(crate) fn new(poll: Poll) -> Self {
+        Self { poll, cards: None }
+    }
+
+    fn name(&self) -> &'static str {
+        match self.poll {
+            Poll::Adaptive => "card",
+            Poll::Always => "card-poll",
+            Poll::Never => "card-irq",
+        }
+    }
+}
+
+impl Vmm for Card {
+    fn about(&self) -> results::System {
+        let how = match self.poll {
+            Poll::Adaptive => "cards poll while it pays (their default)",
+            Poll::Always => "cards poll all the time",
+            Poll::Never => "cards sleep until they are kicked",
+        };
+        results::System {
+            name: self.name().into(),
+            description: format!("Outboard: hypervisor and cards in processes of their own; {how}"),
+            version: String::new(),
+        }
+    }
+
+    fn can_run(&self, _workload: &Workload) -> Result<(), String> {
+        Ok(())
+    }
+
+    fn boot(&mut self, bench: &Bench, setup: &Setup) -> anyhow::Result<Booted> {
+        let (name, poll) = (self.name(), self.poll);
+        let cards = self.cards.get_or_insert_with(|| Cards::new(bench, name, poll));
+        let devices = cards.devices(bench, setup)?;
+        let mut guests = Vec::new();
+        for (guest, devices) in setup.guests.iter().zip(&devices) {
+            let slots: Vec<_> = devices.iter().map(|plugged| slot(&plugged.device)).collect();
+            let command = hypervisor(guest, &slots);
+            guests.push(Guest::start(command, bench.dir.path(), &guest.name, setup.backend_cpu(bench))?);
+        }
+        let keep = devices.into_iter().flatten().map(|d| Box::new(d) as _).collect();
+        Ok(Booted { guests, backends: cards.pids(), keep })
+    }
+}
