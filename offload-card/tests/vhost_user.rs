@@ -614,3 +614,16 @@ proptest! {
         still_serves(&setup);
     }
 }
+
+#[test]
+fn a_device_that_has_stopped_holds_nothing_any_more() {
+    // The end is told by another thread: once could be luck.
+    for _ in 0..200 {
+        let Setup { device, server, _dir: dir, .. } = setup();
+        let held = Arc::downgrade(&device);
+        drop(device);
+        assert!(server.stop(Instant::now() + Duration::from_secs(10)));
+        assert_eq!(held.strong_count(), 0);
+        drop(dir);
+    }
+}

@@ -80,6 +80,8 @@ impl DeviceServer {
             let _entered = span.enter();
             serve(&thread_shared, &device, &listener);
             device.close();
+            // Whoever waits for the end may want what it holds: an image, which is locked.
+            drop((device, listener));
             let (finished, changed) = &thread_shared.finished;
             *finished.lock().unwrap_or_else(PoisonError::into_inner) = true;
             changed.notify_all();
