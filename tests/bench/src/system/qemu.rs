@@ -2,6 +2,7 @@
 
 use std::path::Path;
 use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
 use proto::v1::device_spec::Kind;
@@ -345,8 +346,17 @@ impl Daemon {
         ]);
         command.stdin(Stdio::null()).stdout(Stdio::null());
         tie(&mut command, cpu);
-        let daemon = Self(command.spawn().with_context(|| format!("starting {STORAGE_DAEMON}"))?);
-        e2e::wait_until("qemu-storage-daemon's socket", e2e::SOON, || socket.exists());
+        let mut daemon = Self(command.spawn().with_context(|| format!("starting {STORAGE_DAEMON}"))?);
+        let patience = Instant::now() + e2e::SOON;
+        while !socket.exists() {
+            if let Some(status) = daemon.0.try_wait()? {
+                bail!("{STORAGE_DAEMON} has ended: {status}; its message is above");
+            }
+            if Instant::now() > patience {
+                bail!("{STORAGE_DAEMON} made no socket within {:?}", e2e::SOON);
+            }
+            std::thread::sleep(Duration::from_millis(2));
+        }
         Ok(daemon)
     }
 }
