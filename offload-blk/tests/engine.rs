@@ -290,3 +290,26 @@ fn a_queue_that_the_host_cannot_start_starts_when_it_can() {
     assert_eq!(guest.run(0, T_IN, 0, 4096), OK);
     stop(&disk);
 }
+
+/// A foreign process may want the image next, and does not wait for it as our successors do.
+#[test]
+fn a_disk_that_is_gone_has_let_go_of_its_image() {
+    for _ in 0..50 {
+        let (file, store) = file(1 << 20);
+        let disk = disk(store, Arc::new(Threads), PollMode::Never, 64);
+        let mut guest = Guest::new(1, 64, DRIVER);
+        let _shared = start(&disk, &guest);
+        assert_eq!(guest.run(0, T_OUT, 0, 4096), OK);
+        stop(&disk);
+        disk.close();
+        drop(disk);
+        let lock = libc::flock {
+            l_type: libc::F_WRLCK as libc::c_short,
+            l_whence: libc::SEEK_SET as libc::c_short,
+            l_start: 0,
+            l_len: 0,
+            l_pid: 0,
+        };
+        nix::fcntl::fcntl(file.as_file(), nix::fcntl::FcntlArg::F_OFD_SETLK(&lock)).expect("still locked");
+    }
+}

@@ -46,6 +46,13 @@ pub(crate) struct Uring {
     write_here: bool,
 }
 
+impl Drop for Uring {
+    /// The kernel takes a ring down in its own time, and the image would stay open, and locked, until then.
+    fn drop(&mut self) {
+        let _ = self.ring.submitter().unregister_files();
+    }
+}
+
 impl Uring {
     /// For up to `depth` transfers at a time; belongs to the calling thread. With `here`, what needs no waiting is done
     /// without the ring.
