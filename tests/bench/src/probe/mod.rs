@@ -11,6 +11,7 @@ mod memory;
 use std::time::Instant;
 
 pub(crate) use cpu::{cpu_set, place_process, place_thread, vcpu_threads};
+pub(crate) use kvm::mount_counters;
 pub(crate) use memory::beyond_guest_ram;
 
 /// The processes of one booted system.

@@ -10,6 +10,7 @@ use anyhow::{Context, bail};
 use clap::Args;
 
 use crate::bench::Bench;
+use crate::probe;
 use crate::report::progress::Progress;
 use crate::report::targets::{self, Verdict};
 use crate::report::{html, table};
@@ -101,6 +102,9 @@ pub(crate) fn run(options: &Options, profile: Profile) -> anyhow::Result<bool> {
         bail!(
             "measuring needs root: for /dev/kvm, network interfaces and the kernel's counters. Try: sudo offload-bench run"
         );
+    }
+    if let Err(e) = probe::mount_counters() {
+        eprintln!("exits from the guests cannot be counted: mounting debugfs and tracefs: {e}");
     }
     // Interfaces that are made here are nobody else's and go away with this process.
     e2e::enter_new_network_namespace();
