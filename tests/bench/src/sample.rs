@@ -102,7 +102,7 @@ pub(crate) fn verify_without_reading(vmm: &mut impl Vmm, bench: &Bench) -> anyho
 fn disk_job(block: &Block) -> String {
     let Block { op, block_bytes, depth, queues, guest, .. } = block;
     format!(
-        "end=halt job=blk-bench rw={} bs={block_bytes} qd={depth} queues={queues} mode={} hist=1 wait=serial",
+        "end=halt job=blk-bench rw={} bs={block_bytes} qd={depth} queues={queues} mode={} vectors=1 hist=1 wait=serial",
         op.name(),
         guest.name()
     )

@@ -97,6 +97,8 @@ pub struct Device<'a> {
     pub ring: u16,
     /// Sleep until interrupts instead of polling.
     pub interrupts: bool,
+    /// Give the queues interrupt vectors, though nobody waits for them.
+    pub vectors: bool,
     /// Give up after so many microseconds without a completion.
     pub timeout_us: u64,
     /// Names of features not to accept.
@@ -292,6 +294,7 @@ fn device<'a>(words: &mut Words<'a>, timeout_secs: u64) -> Result<Device<'a>, Er
         queues,
         ring: ring as u16,
         interrupts,
+        vectors: words.choice("vectors", &[("0", false), ("1", true)], interrupts)?,
         timeout_us: words.micros("timeout", timeout_secs * 1_000_000)?,
         refused,
     })

@@ -156,6 +156,7 @@ pub(crate) fn malformed<'c>(
         queues: Some(1),
         ring: wanted.ring,
         interrupts: false,
+        vectors: false,
         timeout_us: wanted.timeout_us,
         refused: Vec::new(),
     };

@@ -204,6 +204,7 @@ pub(crate) struct Device<'a> {
     /// Features in force.
     pub(crate) features: u64,
     interrupts: bool,
+    vectors: bool,
     ring_size: u16,
     config_vector: Option<Vector>,
     /// Interrupts that had been taken when the last one was acknowledged.
@@ -243,6 +244,7 @@ impl<'a> Device<'a> {
             offered: 0,
             features: 0,
             interrupts: wanted.interrupts,
+            vectors: wanted.vectors || wanted.interrupts,
             ring_size: wanted.ring,
             config_vector: None,
             acknowledged: Cell::new(u64::MAX),
@@ -273,7 +275,7 @@ impl<'a> Device<'a> {
                 return Err(alloc::format!("the device refuses the features {:#x}", self.features));
             }
         });
-        if self.interrupts {
+        if self.vectors {
             crate::apic::enable(&self.clock)?;
             let vector = Vector::take();
             both!(&self.found.transport, t => t.set_config_vector(&vector)?);
@@ -314,7 +316,7 @@ impl<'a> Device<'a> {
         let memory = Dma::new(Layout::new(size).bytes)?;
         // SAFETY: the block has the ring's size and alignment and stays with the queue.
         let ring = unsafe { SplitQueue::new(memory.pointer(), size, self.has(EVENT_IDX)) };
-        let vector = self.interrupts.then(Vector::take);
+        let vector = self.vectors.then(Vector::take);
         let bell =
             both!(&self.found.transport, t => t.start_queue(index, size, ring.addresses(), vector.as_ref())?);
         let (total, warmup) = (Signals::default(), Signals::default());
