@@ -7,7 +7,7 @@ use std::process::{Child, ChildStdin, Command, Stdio};
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, anyhow, bail};
+use anyhow::{Context, bail};
 use e2e::guest::{Report, Reports};
 use nix::sched::sched_setaffinity;
 use nix::sys::signal::{Signal, kill};
@@ -17,6 +17,9 @@ use crate::probe::cpu_set;
 
 /// How long a guest may take for anything but its work.
 const PATIENCE: Duration = Duration::from_secs(20);
+
+/// How long before it is looked whether the guest has reported an error.
+const GLANCE: Duration = Duration::from_millis(500);
 
 /// A running VMM. Dropping it kills it.
 pub(crate) struct Guest {
@@ -64,17 +67,21 @@ impl Guest {
         self.child.id()
     }
 
-    /// Waits for a report of the guest.
+    /// Waits for a report of the guest; not for its whole patience if the guest has said that something is wrong.
     pub(crate) fn wait(&self, event: &str, limit: Duration) -> anyhow::Result<Report> {
-        self.reports.try_wait_nth(event, 1, limit).map_err(|said| {
-            let stderr = std::fs::read_to_string(&self.log).unwrap_or_default();
-            anyhow!(
-                "guest {}: {said}{}{}",
-                self.name,
-                if stderr.is_empty() { "" } else { "\nits VMM said: " },
-                stderr.trim()
-            )
-        })
+        let end = Instant::now() + limit;
+        loop {
+            let left = end.saturating_duration_since(Instant::now());
+            match self.reports.try_wait_nth(event, 1, left.min(GLANCE)) {
+                Ok(report) => return Ok(report),
+                Err(said) if left <= GLANCE || !self.reports.all("error").is_empty() => {
+                    let stderr = std::fs::read_to_string(&self.log).unwrap_or_default();
+                    let vmm = if stderr.is_empty() { "" } else { "\nits VMM said: " };
+                    bail!("guest {}: {said}{vmm}{}", self.name, stderr.trim());
+                }
+                Err(_) => {}
+            }
+        }
     }
 
     /// Waits until the guest has set up its devices, and stops it there.

@@ -30,7 +30,8 @@ pub(super) fn verify(vmm: &mut impl Vmm, bench: &Bench, how: &str) -> anyhow::Re
     if vmm.can_run(&Workload::Block(block)).is_err() {
         return Ok(());
     }
-    let job = format!("end=halt job=blk-verify {how} bytes={BYTES} bs={BLOCK_BYTES} qd=32 queues=2 vectors=1");
+    let job =
+        format!("end=halt job=blk-verify {how} bytes={BYTES} bs={BLOCK_BYTES} qd=32 queues=2 vectors=1");
     let booted = vmm.boot(bench, &one_guest(job, Some(disk(bench, &block))))?;
     check(&booted.guests[0].result(bench.patience())?)
 }

@@ -124,7 +124,8 @@ impl Vmm for Qemu {
 fn qemu(guest: &GuestSetup, microvm: bool) -> Command {
     let memory = guest.memory_mib;
     let mut command = Command::new(QEMU);
-    let machine = if microvm { "microvm,x-option-roms=off,rtc=off" } else { "q35" };
+    // Without ACPI it tells the guest on the command line where its devices are.
+    let machine = if microvm { "microvm,acpi=off,x-option-roms=off,rtc=off" } else { "q35" };
     command.args(["-name", "bench,debug-threads=on"]);
     command.args(["-M", &format!("{machine},accel=kvm,memory-backend=ram")]);
     command.args(["-cpu", "host,migratable=off,-arch-capabilities", "-smp", "1", "-m", &memory.to_string()]);
@@ -142,6 +143,9 @@ fn own_devices(
     tap: Option<&String>,
     microvm: bool,
 ) -> anyhow::Result<()> {
+    if microvm {
+        command.args(["-global", "virtio-mmio.force-legacy=false"]);
+    }
     if let Some(disk) = &guest.disk {
         let device =
             if microvm { "virtio-blk-device" } else { "virtio-blk-pci,disable-legacy=on,queue-size=256" };
