@@ -13,5 +13,5 @@ file_system() {
 check "a file system on the second disk keeps what it is given" file_system
 no_errors() { not guest web 'dmesg | grep -E "I/O error|blk_update_request|EXT4-fs error|Buffer I/O"'; }
 check "the guest's kernel saw no I/O error" no_errors
-hypervisor_fds() { ! find "/proc/$(vm_field web hypervisor_pid)/fd" -printf '%l\n' | grep -E '\.img|/dev/net/tun|/dev/vd'; }
+hypervisor_fds() { ! find "/proc/$(vm_field web hypervisor_pid)/fd" -printf '%l\n' | grep -E '/outboard/disks/|/dev/net/tun|/dev/vd'; }
 check "the hypervisor holds no disk and no TAP" hypervisor_fds
