@@ -38,8 +38,10 @@ pub(super) fn sample(
     guest: GuestMode,
 ) -> anyhow::Result<Sample> {
     let (size, mode) = (payload(traffic), guest.name());
-    let offload = if traffic == Traffic::Bulk { "proto=tcp offload=csum,tso rxbuf=65536" } else { "" };
+    let bulk = traffic == Traffic::Bulk;
+    let offload = if bulk { "offload=csum,tso rxbuf=65536" } else { "" };
     let common = format!("mode={mode} size={size} wait=serial {offload}");
+    let protocol = if bulk { "proto=tcp" } else { "" };
     let (to, one_by_one) = match (peer, traffic) {
         (Peer::Guest, Traffic::RoundTrip) => (format!("peer={RECEIVER_IP}"), true),
         (Peer::Host, Traffic::RoundTrip) => (format!("peer={HOST_IP}"), true),
@@ -47,16 +49,16 @@ pub(super) fn sample(
         (Peer::Host, _) => (NOBODY.to_owned(), false),
     };
     let job = if one_by_one { "net-pingpong" } else { "net-send" };
-    let sender = format!("end=halt job={job} ip={SENDER_IP} {to} {common} {}", timing(bench));
+    let sender = format!("end=halt job={job} ip={SENDER_IP} {to} {common} {protocol} {}", timing(bench));
     let mut guests = vec![networked("sender", sender, 2)];
     if peer == Peer::Guest {
-        // It begins with the sender and ends after it.
-        let longer = bench.warmup + bench.measure + 1.0;
         let receiver = if one_by_one {
+            // It begins with the sender and ends after it.
+            let longer = bench.warmup + bench.measure + 1.0;
             format!("end=halt job=net-echo ip={RECEIVER_IP} mode={mode} wait=serial secs={longer}")
         } else {
-            let warmup = bench.warmup;
-            format!("end=halt job=net-recv ip={RECEIVER_IP} {common} min=1 secs={longer} warmup={warmup}")
+            // Its time runs from the first frame on.
+            format!("end=halt job=net-recv ip={RECEIVER_IP} {common} min=1 {}", timing(bench))
         };
         guests.push(networked("receiver", receiver, 3));
     }
