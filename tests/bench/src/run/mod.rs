@@ -21,6 +21,9 @@ use crate::workload::{Backing, Block, Profile, Suite, Workload, workloads};
 /// What ratios are formed with, if it is measured.
 const REFERENCE: &str = "thread";
 
+/// Systems made of nothing but our own programs.
+const OURS: [&str; 5] = ["card", "card-poll", "card-irq", "thread", "inline"];
+
 /// The options of `offload-bench quick` and `full`.
 #[derive(Debug, Args)]
 pub(crate) struct Options {
@@ -147,7 +150,7 @@ pub(crate) fn run(options: &Options, profile: Profile) -> anyhow::Result<bool> {
     Ok(!options.check || check(&results, rounds))
 }
 
-/// Whether all measurements were made and no target is missed that does not depend on the machine's noise.
+/// Whether all measurements of our own systems were made and no target is missed that does not depend on the machine's noise.
 fn check(results: &Results, rounds: u32) -> bool {
     let mut good = true;
     for cell in &results.cells {
@@ -156,7 +159,8 @@ fn check(results: &Results, rounds: u32) -> bool {
             // A system that cannot run a workload has said so before it was tried.
             if !series.samples.is_empty() || series.note.starts_with("round ") {
                 println!("failed   {} on {}: {}", cell.id, series.system, series.note);
-                good = false;
+                // What others' programs do here is told, and not ours to answer for.
+                good &= !OURS.contains(&series.system.as_str());
             }
         }
     }
