@@ -208,6 +208,7 @@ fn add_used(sample: &mut Sample, used: &Used, results: &[Report]) -> anyhow::Res
     values.insert(Metric::BackendPercent, used.backend_ns / used.seconds / 1e7);
     values.extend(used.exits.map(|n| (Metric::ExitsPerOp, n / ops)));
     values.extend(used.user_exits.map(|n| (Metric::UserExitsPerOp, n / ops)));
+    values.extend(used.cycles.map(|n| (Metric::CyclesPerOp, n / ops)));
     Ok(())
 }
 
@@ -349,6 +350,7 @@ mod tests {
             other_ns: 0.0,
             exits: Some(15.0),
             user_exits: None,
+            cycles: Some(1_500_000.0),
             wakeups: 0.0,
             frames: 0.0,
             frame_bytes: 0.0,
@@ -358,6 +360,7 @@ mod tests {
         assert_eq!(sample.values[&Metric::KicksPerOp], 0.02);
         assert_eq!(sample.values[&Metric::BackendNsPerOp], 2.0);
         assert_eq!(sample.values[&Metric::ExitsPerOp], 0.01);
+        assert_eq!(sample.values[&Metric::CyclesPerOp], 1000.0);
         assert_eq!(sample.latency, [(10, 900), (20, 100)]);
         assert!(!sample.values.contains_key(&Metric::UserExitsPerOp));
         assert!(of_job(&json!({"ops": 0, "measured_us": 5, "bytes": 0})).is_err());

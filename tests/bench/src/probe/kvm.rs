@@ -1,14 +1,10 @@
-//! Exits from guests: all of them by KVM's own counters, those to user space by the kernel's tracepoint.
-//!
-//! Both are the host kernel's, so that they mean the same for every VMM.
+//! Exits from guests by KVM's own counters, which mean the same for every VMM.
 
 use std::fs;
 use std::path::Path;
 
 use nix::mount::{MsFlags, mount};
 use nix::sched::{CloneFlags, unshare};
-use perf_event::events::Tracepoint;
-use perf_event::{Builder, Counter};
 
 /// Mounts the file systems that the counters are in, where they are not mounted, for this process and its children only. To be
 /// called before there are other threads.
@@ -45,31 +41,4 @@ pub(super) fn exits(pids: &[u32]) -> Option<u64> {
         }
     }
     sum
-}
-
-/// Counts exits to user space of some threads.
-#[derive(Debug)]
-pub(super) struct UserExits(Option<Vec<Counter>>);
-
-impl UserExits {
-    /// Begins to count; the kernel may not permit it, or tracefs not be mounted.
-    pub(super) fn count(tids: impl Iterator<Item = u32>) -> Self {
-        let one = |tid: u32| -> std::io::Result<Counter> {
-            let mut counter = Builder::new(Tracepoint::with_name("kvm/kvm_userspace_exit")?)
-                .observe_pid(tid.cast_signed())
-                .exclude_kernel(false)
-                .exclude_hv(false)
-                .build()?;
-            counter.enable()?;
-            Ok(counter)
-        };
-        Self(
-            tids.map(|tid| one(tid).ok()).collect::<Option<Vec<_>>>().filter(|counters| !counters.is_empty()),
-        )
-    }
-
-    /// So many so far.
-    pub(super) fn read(&mut self) -> Option<u64> {
-        self.0.as_mut()?.iter_mut().map(|counter| counter.read().ok()).sum()
-    }
 }

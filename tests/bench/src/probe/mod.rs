@@ -7,12 +7,14 @@ mod cpu;
 mod kvm;
 mod link;
 mod memory;
+mod perf;
 
 use std::time::Instant;
 
 pub(crate) use cpu::{cpu_set, place_process, place_thread, vcpu_threads};
 pub(crate) use kvm::mount_counters;
 pub(crate) use memory::beyond_guest_ram;
+use perf::ThreadCounters;
 
 /// The processes of one booted system.
 #[derive(Debug)]
@@ -23,7 +25,8 @@ pub(crate) struct Probe {
     backends: Vec<u32>,
     /// vCPU threads, as (process, thread).
     vcpus: Vec<(u32, u32)>,
-    exits: kvm::UserExits,
+    user_exits: ThreadCounters,
+    cycles: ThreadCounters,
     /// A network interface whose frames are counted.
     link: Option<&'static str>,
 }
@@ -37,6 +40,7 @@ pub(crate) struct Reading {
     backend_ns: u64,
     exits: Option<u64>,
     user_exits: Option<u64>,
+    cycles: Option<u64>,
     wakeups: u64,
     link: link::Received,
 }
@@ -55,6 +59,8 @@ pub(crate) struct Used {
     pub(crate) exits: Option<f64>,
     /// Exits to user space, if the kernel lets them be counted.
     pub(crate) user_exits: Option<f64>,
+    /// Cycles of all the processes, if the processor lets them be counted.
+    pub(crate) cycles: Option<f64>,
     /// Times a thread of a VMM gave up its processor to wait and was woken, or was preempted.
     pub(crate) wakeups: f64,
     /// Frames and bytes that the host got through the interface of [`Probe::watch`].
@@ -67,8 +73,10 @@ impl Probe {
     pub(crate) fn new(vmms: Vec<u32>, backends: Vec<u32>) -> Self {
         let vcpus: Vec<(u32, u32)> =
             vmms.iter().flat_map(|&pid| vcpu_threads(pid).into_iter().map(move |tid| (pid, tid))).collect();
-        let exits = kvm::UserExits::count(vcpus.iter().map(|&(_, tid)| tid));
-        Self { vmms, backends, vcpus, exits, link: None }
+        let user_exits = ThreadCounters::user_exits(vcpus.iter().map(|&(_, tid)| tid));
+        let all = vmms.iter().chain(&backends).flat_map(|&pid| cpu::threads(pid));
+        let cycles = ThreadCounters::cycles(all);
+        Self { vmms, backends, vcpus, user_exits, cycles, link: None }
     }
 
     /// Counts the frames of a network interface, too.
@@ -84,7 +92,8 @@ impl Probe {
             vmm_ns: self.vmms.iter().map(|&pid| cpu::process_ns(pid)).sum(),
             backend_ns: self.backends.iter().map(|&pid| cpu::process_ns(pid)).sum(),
             exits: kvm::exits(&self.vmms),
-            user_exits: self.exits.read(),
+            user_exits: self.user_exits.read(),
+            cycles: self.cycles.read(),
             wakeups: self.vmms.iter().map(|&pid| cpu::switches(pid)).sum(),
             link: self.link.map(link::received).unwrap_or_default(),
         }
@@ -104,6 +113,7 @@ impl Probe {
             other_ns,
             exits: a.exits.zip(b.exits).map(|(a, b)| less(a, b)),
             user_exits: a.user_exits.zip(b.user_exits).map(|(a, b)| less(a, b)),
+            cycles: a.cycles.zip(b.cycles).map(|(a, b)| less(a, b)),
             wakeups: less(a.wakeups, b.wakeups),
             frames: less(a.link.frames, b.link.frames),
             frame_bytes: less(a.link.bytes, b.link.bytes),
