@@ -68,7 +68,7 @@ start_qemu() {
     printf '%s\n' "$port" >"$state/port"
     # EPYC with svm and npt: nested paging for kvm-amd inside. mitigations=off: TCG has no speculation to mitigate.
     # shellcheck disable=SC2054 # QEMU's options have commas
-    qemu=("${emulator[@]}" -name outboard-lab -M q35 -accel tcg,thread=multi -cpu EPYC,+svm,+npt
+    qemu=("${emulator[@]}" -name outboard-lab -M q35 -cpu EPYC,+svm,+npt
       -smp "$cpus" -m "$memory" -nodefaults -no-user-config -display none -no-reboot
       -kernel "$host/vmlinuz" -initrd "$host/initrd.img"
       -append "console=ttyS0 root=/dev/vda rw mitigations=off quiet systemd.show_status=false"
