@@ -65,6 +65,7 @@ pub struct BlockDevice {
     poll: PollPolicy,
     host: Arc<dyn QueueHost>,
     queues: Mutex<Vec<Option<Queue>>>,
+    resizing: Mutex<()>,
     span: Span,
 }
 
@@ -88,7 +89,8 @@ impl BlockDevice {
         for (to, from) in id.iter_mut().zip(serial.bytes()) {
             *to = from;
         }
-        let config = Config::new(*store.geometry(), store.read_only(), queues, queue_size, mode_file);
+        let config =
+            Config::new(*store.geometry(), store.read_only(), store.erases(), queues, queue_size, mode_file);
         let identity = Identity {
             virtio_id: VIRTIO_ID_BLOCK,
             features: config.features(),
@@ -99,7 +101,28 @@ impl BlockDevice {
         let disk = Arc::new(Disk { store, config, serial: id, engine });
         let span = tracing::info_span!("device", id = name);
         let queues = Mutex::new((0..queues).map(|_| None).collect());
-        Ok(Self { name, identity, disk, poll, host, queues, span })
+        Ok(Self { name, identity, disk, poll, host, queues, resizing: Mutex::default(), span })
+    }
+
+    /// Length of the disk in bytes, now.
+    pub fn size_bytes(&self) -> u64 {
+        self.disk.config.size_bytes()
+    }
+
+    /// Makes the disk `size_bytes` long, and its image with it; 0: as long as its image has become. Whoever has the device
+    /// then tells the driver that the configuration space has changed, if it has: true. Requests beyond the old end are good
+    /// from now on.
+    ///
+    /// # Errors
+    /// `InvalidField`: the size is none, or is less than before. `Host`: the image cannot be made longer. `Unsupported`:
+    /// a disk without storage, or a block device that somebody else makes longer.
+    pub fn resize(&self, size_bytes: u64) -> Result<bool, Error> {
+        // One at a time.
+        let _resizing = self.resizing.lock().unwrap_or_else(PoisonError::into_inner);
+        let before = self.disk.config.size_bytes();
+        let now = self.disk.store.resize(before, size_bytes)?;
+        self.disk.config.set_size(now);
+        Ok(now != before)
     }
 
     /// Sends the order to stop; `None`: queue `index` does not run.

@@ -5,6 +5,7 @@ use std::io::{self, ErrorKind, Seek, SeekFrom};
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use nix::fcntl::{FcntlArg, fcntl};
@@ -14,6 +15,9 @@ use tonic::Code;
 
 /// Unit of a virtio-blk request, in bytes (VirtIO 1.3 section 5.2.6).
 pub const SECTOR_BYTES: u64 = 512;
+
+/// Longest image, in bytes: what a file offset can say, in blocks of any size.
+const MAX_BYTES: u64 = 1 << 62;
 
 /// How long a locked image is waited for. The kernel keeps a lock until the last request of a process that was killed is
 /// done with: so its successor waits here, and no old write can land on top of a new one.
@@ -34,14 +38,26 @@ pub struct Geometry {
     pub memory_alignment: u32,
 }
 
+impl Geometry {
+    /// Unit in which ranges can be given back or zeroed without writing, in bytes.
+    pub(crate) fn erase_alignment(&self) -> u64 {
+        // A file system zeroes parts of blocks by itself.
+        if self.block_device { u64::from(self.logical_block) } else { 1 }
+    }
+}
+
 /// An open disk image.
 #[derive(Debug)]
 pub struct Image {
+    path: String,
     file: File,
     /// The same without O_DIRECT, if `file` has it: for what is not aligned. The kernel keeps both in step.
     buffered: Option<File>,
     geometry: Geometry,
     read_only: bool,
+    /// Space can be given back, and ranges can be zeroed without writing, as far as is known.
+    punches: AtomicBool,
+    zeroes: AtomicBool,
 }
 
 impl Image {
@@ -88,7 +104,23 @@ impl Image {
             OpenOptions::new().read(true).write(!read_only).custom_flags(libc::O_CLOEXEC).open(again)
         });
         let buffered = buffered.transpose().map_err(|e| host("open", path, &e))?;
-        Ok(Self { file, buffered, geometry, read_only })
+        let punches = AtomicBool::new(!read_only && (geometry.block_device || sys::punches_holes(&file)));
+        Ok(Self {
+            path: path.into(),
+            file,
+            buffered,
+            geometry,
+            read_only,
+            punches,
+            zeroes: AtomicBool::new(true),
+        })
+    }
+
+    /// `file` as an image, without looking at it.
+    #[cfg(test)]
+    pub(crate) fn for_test(file: File, geometry: Geometry) -> Self {
+        let (punches, zeroes) = (AtomicBool::new(true), AtomicBool::new(true));
+        Self { path: String::new(), file, buffered: None, geometry, read_only: false, punches, zeroes }
     }
 
     fn lock(&self, path: &str) -> Result<(), Error> {
@@ -130,6 +162,59 @@ impl Image {
     pub fn read_only(&self) -> bool {
         self.read_only
     }
+
+    /// Makes an image that is `from` bytes long `to` bytes long; 0: as long as it has become. Its length then.
+    pub(crate) fn resize(&self, from: u64, to: u64) -> Result<u64, Error> {
+        let path = &self.path;
+        let now = length(&self.file).map_err(|e| host("measure", path, &e))?;
+        let block = u64::from(self.geometry.logical_block);
+        // A file may have been made longer by hand, and not yet be whole.
+        let to = if to == 0 { now - now % block } else { to };
+        if to < from {
+            let message =
+                format!("disk image {path} is {from} bytes long for its guest, and {to} bytes are less");
+            return Err(Error::invalid_field("size_bytes", message)
+                .resource(path)
+                .remedy("a disk only grows; copy what you need to a smaller one"));
+        }
+        if !to.is_multiple_of(block) || to > MAX_BYTES {
+            let message = format!("{to} bytes are not a multiple of {block} up to {MAX_BYTES}");
+            return Err(Error::invalid_field("size_bytes", message).resource(path));
+        }
+        if to > now {
+            if self.geometry.block_device {
+                let message = format!("block device {path} is {now} bytes long, which is less than {to}");
+                return Err(Error::new(Code::FailedPrecondition, ErrorReason::DiskInvalid, message)
+                    .resource(path)
+                    .remedy("make the device longer first (e.g. lvextend), then resize without a size"));
+            }
+            if self.read_only {
+                return Err(invalid(path, "read-only").remedy("make the file longer yourself (truncate -s)"));
+            }
+            self.file.set_len(to).map_err(|e| host("make longer", path, &e))?;
+        }
+        Ok(to)
+    }
+
+    /// Space can be given back (fallocate's PUNCH_HOLE).
+    pub(crate) fn punches(&self) -> bool {
+        self.punches.load(Ordering::Relaxed)
+    }
+
+    /// It cannot.
+    pub(crate) fn cannot_punch(&self) {
+        self.punches.store(false, Ordering::Relaxed);
+    }
+
+    /// Ranges can be zeroed without writing (fallocate's ZERO_RANGE).
+    pub(crate) fn zeroes(&self) -> bool {
+        self.zeroes.load(Ordering::Relaxed)
+    }
+
+    /// They cannot.
+    pub(crate) fn cannot_zero(&self) {
+        self.zeroes.store(false, Ordering::Relaxed);
+    }
 }
 
 /// Tries again while somebody else has it, for [`LOCK_PATIENCE`].
@@ -148,16 +233,22 @@ fn patiently<T>(mut attempt: impl FnMut() -> io::Result<T>) -> io::Result<T> {
     }
 }
 
+/// Length of a file or a block device in bytes.
+fn length(file: &File) -> io::Result<u64> {
+    // Nobody else uses its position.
+    (&*file).seek(SeekFrom::End(0))
+}
+
 fn geometry(path: &str, file: &File, direct: bool) -> Result<Geometry, Error> {
     let metadata = file.metadata().map_err(|e| host("look at", path, &e))?;
     let block_device = metadata.file_type().is_block_device();
+    let size = length(file).map_err(|e| host("measure", path, &e))?;
     let (size_bytes, mut logical_block, mut physical_block) = if block_device {
-        let size = (&*file).seek(SeekFrom::End(0)).map_err(|e| host("measure", path, &e))?;
         let (logical, physical) = sys::block_sizes(file).map_err(|e| host("measure", path, &e))?;
         (size, logical, physical)
     } else {
         // The page cache and the file system work in blocks of this size.
-        (metadata.len(), 512, u32::try_from(metadata.blksize()).unwrap_or(4096))
+        (size, 512, u32::try_from(metadata.blksize()).unwrap_or(4096))
     };
     let mut memory_alignment = 1;
     if direct {
@@ -203,6 +294,15 @@ mod sys {
         }
         let logical = u32::try_from(logical).ok().filter(|b| b.is_power_of_two() && *b >= 512);
         Ok((logical.ok_or_else(|| io::Error::other("the kernel gave no block size"))?, physical))
+    }
+
+    /// The file's file system gives space back. Nothing is changed by asking: behind its end there is nothing.
+    pub(super) fn punches_holes(file: &File) -> bool {
+        let Ok(end) = file.metadata().map(|m| m.len()) else { return false };
+        let mode = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
+        let offset = end.next_multiple_of(4096) as libc::off_t;
+        // SAFETY: it takes no pointers.
+        unsafe { libc::fallocate(file.as_raw_fd(), mode, offset, 4096) == 0 }
     }
 
     /// How O_DIRECT wants memory and offsets aligned, in bytes.

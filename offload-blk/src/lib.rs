@@ -17,6 +17,7 @@
 
 mod config;
 mod device;
+mod erase;
 mod image;
 mod io;
 mod mode;
@@ -27,6 +28,7 @@ mod store;
 mod worker;
 
 pub use device::{BlockDevice, DiskConfig, MAX_QUEUE_SIZE, MIN_QUEUE_SIZE};
+pub use erase::{Erase, MAX_RANGE_SECTORS, MAX_RANGES, Range};
 pub use image::{Geometry, Image, SECTOR_BYTES};
 pub use mode::ModeFile;
 pub use queue::{BlockQueue, Inline, Progress, QueueHost, QueueStart, Threads};

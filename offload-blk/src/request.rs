@@ -1,7 +1,7 @@
 //! A virtio-blk request (VirtIO 1.3 section 5.2.6), taken out of a descriptor chain.
 //!
 //! ```text
-//! to be read:     type u32, reserved u32, sector u64, data of a write
+//! to be read:     type u32, reserved u32, sector u64, data of a write, or ranges to erase
 //! to be written:  data of a read, status u8
 //! ```
 //!
@@ -9,11 +9,12 @@
 
 use offload_card::Chain;
 use virtio_bindings::virtio_blk::{
-    VIRTIO_BLK_ID_BYTES, VIRTIO_BLK_S_IOERR, VIRTIO_BLK_S_OK, VIRTIO_BLK_S_UNSUPP, VIRTIO_BLK_T_FLUSH,
-    VIRTIO_BLK_T_GET_ID, VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT,
+    VIRTIO_BLK_ID_BYTES, VIRTIO_BLK_S_IOERR, VIRTIO_BLK_S_OK, VIRTIO_BLK_S_UNSUPP, VIRTIO_BLK_T_DISCARD,
+    VIRTIO_BLK_T_FLUSH, VIRTIO_BLK_T_GET_ID, VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT, VIRTIO_BLK_T_WRITE_ZEROES,
 };
 use vm_memory::VolatileMemory;
 
+use crate::erase::{self, Range};
 use crate::image::SECTOR_BYTES;
 
 /// Length of a request's header in bytes.
@@ -62,6 +63,8 @@ pub enum Request {
     },
     /// Make durable what has been written and answered.
     Flush,
+    /// Do away with what is in some ranges of the image, one or more.
+    Erase,
     /// Answer the disk's serial number.
     GetId,
     /// Nothing but to answer.
@@ -79,10 +82,15 @@ pub struct Limits {
     pub size_bytes: u64,
     /// Nothing may be written.
     pub read_only: bool,
+    /// DISCARD has been negotiated.
+    pub discard: bool,
+    /// WRITE_ZEROES has been negotiated.
+    pub write_zeroes: bool,
 }
 
-/// Understands the request in `chain`.
-pub fn parse(chain: &Chain, limits: Limits) -> Result<Request, NoStatus> {
+/// Understands the request in `chain`. The ranges of a [`Request::Erase`] are put into `ranges`, at most
+/// [`crate::MAX_RANGES`].
+pub fn parse(chain: &Chain, limits: Limits, ranges: &mut Vec<Range>) -> Result<Request, NoStatus> {
     let Some(writable) = chain.writable_len().checked_sub(1) else {
         return Err(NoStatus);
     };
@@ -113,8 +121,23 @@ pub fn parse(chain: &Chain, limits: Limits) -> Result<Request, NoStatus> {
         },
         VIRTIO_BLK_T_FLUSH => Request::Flush,
         VIRTIO_BLK_T_GET_ID => Request::GetId,
+        VIRTIO_BLK_T_DISCARD | VIRTIO_BLK_T_WRITE_ZEROES if limits.read_only => {
+            Request::Done(Status::IoError)
+        }
+        VIRTIO_BLK_T_DISCARD if limits.discard => erase(chain, true, limits, ranges),
+        VIRTIO_BLK_T_WRITE_ZEROES if limits.write_zeroes => erase(chain, false, limits, ranges),
         _ => Request::Done(Status::Unsupported),
     })
+}
+
+/// Not inlined: it has room for many ranges on its stack.
+#[inline(never)]
+fn erase(chain: &Chain, discard: bool, limits: Limits, ranges: &mut Vec<Range>) -> Request {
+    match erase::take(chain, discard, limits.size_bytes, ranges) {
+        Ok(()) if ranges.is_empty() => Request::Done(Status::Ok),
+        Ok(()) => Request::Erase,
+        Err(status) => Request::Done(status),
+    }
 }
 
 /// Offset and length in bytes, if they are whole sectors of the image; a transfer of nothing is done.
@@ -138,8 +161,10 @@ mod tests {
     use vm_memory::{Bytes, GuestAddress};
 
     use super::*;
+    use crate::erase::Erase;
 
-    const LIMITS: Limits = Limits { size_bytes: 64 * SECTOR_BYTES, read_only: false };
+    const LIMITS: Limits =
+        Limits { size_bytes: 64 * SECTOR_BYTES, read_only: false, discard: true, write_zeroes: true };
 
     proptest! {
         /// Any chain with any contents: what is to be done stays within the image and within the chain's memory.
@@ -181,7 +206,8 @@ mod tests {
             prop_assert!(ring.pop(&mut chain).unwrap());
             let limits = Limits { read_only, ..LIMITS };
             let (read, written) = (chain.readable_len(), chain.writable_len());
-            match parse(&chain, limits) {
+            let mut ranges = Vec::new();
+            match parse(&chain, limits, &mut ranges) {
                 Err(NoStatus) => prop_assert_eq!(written, 0),
                 Ok(Request::Read { offset, length }) => {
                     prop_assert_eq!((kind, length), (VIRTIO_BLK_T_IN, written - 1));
@@ -193,7 +219,75 @@ mod tests {
                 }
                 Ok(Request::Flush) => prop_assert_eq!(kind, VIRTIO_BLK_T_FLUSH),
                 Ok(Request::GetId) => prop_assert_eq!(kind, VIRTIO_BLK_T_GET_ID),
-                Ok(Request::Done(status)) => prop_assert!(written > 0 && (status != Status::Ok || kind < 2)),
+                Ok(Request::Erase) => {
+                    prop_assert!(matches!(kind, VIRTIO_BLK_T_DISCARD | VIRTIO_BLK_T_WRITE_ZEROES) && !read_only);
+                    prop_assert!(read > 16 && (read - 16) % 16 == 0);
+                }
+                Ok(Request::Done(status)) => {
+                    prop_assert!(written > 0 && (status != Status::Ok || matches!(kind, 0 | 1 | 11 | 13)));
+                }
+            }
+        }
+
+        /// Ranges of any kind: they are taken as they are or all of them are refused, with the status that is due.
+        #[test]
+        fn ranges_are_all_good_or_none_is_touched(
+            discard in any::<bool>(),
+            negotiated in any::<bool>(),
+            segments in prop::collection::vec(
+                (prop_oneof![0u64..80, any::<u64>()], prop_oneof![0u32..80, any::<u32>()],
+                 prop_oneof![4 => 0u32..2, 1 => any::<u32>()]), 0..70),
+            extra in prop_oneof![4 => Just(0u32), 1 => 1u32..16],
+            cut in 1u32..40,
+        ) {
+            let guest = TestGuest::new(1 << 20);
+            let memory = &guest.memory;
+            let kind = if discard { VIRTIO_BLK_T_DISCARD } else { VIRTIO_BLK_T_WRITE_ZEROES };
+            memory.write_obj(kind, GuestAddress(0x4_0000)).unwrap();
+            for (i, (sector, sectors, flags)) in segments.iter().enumerate() {
+                let at = 0x4_0010 + i as u64 * 16;
+                memory.write_obj(*sector, GuestAddress(at)).unwrap();
+                memory.write_obj(*sectors, GuestAddress(at + 8)).unwrap();
+                memory.write_obj(*flags, GuestAddress(at + 12)).unwrap();
+            }
+            let length = 16 + segments.len() as u32 * 16 + extra;
+            let first = cut.min(length);
+            let mut buffers = vec![Buffer::readable(0x4_0000, first), Buffer::writable(0x5_0000, 1)];
+            if length > first {
+                buffers.insert(1, Buffer::readable(0x4_0000 + u64::from(first), length - first));
+            }
+            let mut driver = DriverQueue::new(&guest, 0, 16, FEATURES);
+            driver.add(&buffers).unwrap();
+            let (mut ring, _) = driver.ring(None).unwrap();
+            let mut chain = Chain::new();
+            prop_assert!(ring.pop(&mut chain).unwrap());
+            let limits = Limits { discard: negotiated, write_zeroes: negotiated, ..LIMITS };
+            let mut ranges = Vec::new();
+            let request = parse(&chain, limits, &mut ranges).unwrap();
+            let bad_flags = |flags: u32| flags > u32::from(!discard);
+            let outside = |s: u64, n: u32| s.checked_add(n.into()).is_none_or(|end| end > 64);
+            // The first bad segment decides.
+            let bad = segments.iter().find(|(s, n, f)| bad_flags(*f) || outside(*s, *n));
+            let expected = match bad {
+                _ if !negotiated => Request::Done(Status::Unsupported),
+                _ if extra > 0 || segments.is_empty() || segments.len() > 64 => Request::Done(Status::IoError),
+                Some((_, _, flags)) if bad_flags(*flags) => Request::Done(Status::Unsupported),
+                Some(_) => Request::Done(Status::IoError),
+                None if segments.iter().all(|(_, n, _)| *n == 0) => Request::Done(Status::Ok),
+                None => Request::Erase,
+            };
+            prop_assert_eq!(request, expected);
+            if request == Request::Erase {
+                let taken: Vec<_> = ranges.iter().map(|r| (r.offset / 512, r.length / 512, r.erase)).collect();
+                let given: Vec<_> = segments.iter().filter(|(_, n, _)| *n > 0).map(|(s, n, f)| {
+                    let erase = match (discard, *f) {
+                        (true, _) => Erase::Discard,
+                        (false, 0) => Erase::Zero,
+                        (false, _) => Erase::Unmap,
+                    };
+                    (*s, u64::from(*n), erase)
+                }).collect();
+                prop_assert_eq!(taken, given);
             }
         }
     }

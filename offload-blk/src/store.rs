@@ -3,7 +3,10 @@
 use std::sync::Arc;
 
 use proto::error::Error;
+use proto::v1::ErrorReason;
+use tonic::Code;
 
+use crate::config::Erases;
 use crate::image::{Geometry, Image, SECTOR_BYTES};
 
 /// What a disk stores on.
@@ -45,6 +48,29 @@ impl Store {
         match self {
             Self::Image(image) => image.geometry(),
             Self::Null(null) => &null.geometry,
+        }
+    }
+
+    /// How data can be done away with.
+    pub(crate) fn erases(&self) -> Erases {
+        match self {
+            Self::Image(image) if !image.read_only() => {
+                Erases { discard: image.punches(), write_zeroes: true }
+            }
+            Self::Image(_) | Self::Null(_) => Erases::default(),
+        }
+    }
+
+    /// Makes what is `from` bytes long `to` bytes long; 0: as long as what it is on has become. Its length then.
+    pub(crate) fn resize(&self, from: u64, to: u64) -> Result<u64, Error> {
+        match self {
+            Self::Image(image) => image.resize(from, to),
+            Self::Null(_) => Err(Error::new(
+                Code::FailedPrecondition,
+                ErrorReason::Unsupported,
+                "a disk without storage cannot be resized",
+            )
+            .remedy("delete it and create one of the new size")),
         }
     }
 

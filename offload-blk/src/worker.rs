@@ -1,5 +1,6 @@
 //! A queue's work: takes requests from its ring, has them done, and answers.
 
+mod erasing;
 mod slot;
 
 use std::collections::VecDeque;
@@ -9,8 +10,10 @@ use std::sync::Arc;
 use offload_card::poll::{Order, Receiver};
 use offload_card::{Chain, Ring, RingError, RingState};
 use tracing::{error, warn};
+use virtio_bindings::virtio_blk::{VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_WRITE_ZEROES};
 
 use crate::config::Config;
+use crate::erase::{MAX_RANGES, Range};
 use crate::io::{Backend, Begun, Op};
 use crate::queue::Progress;
 use crate::request::{ID_BYTES, Limits, NoStatus, Request, Status, parse};
@@ -70,6 +73,8 @@ pub(crate) struct Worker {
     slots: Vec<Slot>,
     /// Filled by the next pop.
     spare: Chain,
+    /// Filled with the ranges that are to be erased.
+    spare_ranges: Vec<Range>,
     /// Requests with a slot.
     active: u16,
     /// Requests whose transfer found no room.
@@ -78,15 +83,20 @@ pub(crate) struct Worker {
     unpublished: u32,
     /// What a write is now.
     write: Op,
-    /// Flushes under way.
-    flushes: u16,
+    /// Requests under way that take the storage long: flushes, and those that erase.
+    slow: u16,
 }
 
 impl Worker {
     pub(crate) fn new(disk: Arc<Disk>, ring: Ring, orders: Receiver<Stop>, backend: Backend) -> Self {
         let null = matches!(disk.store, Store::Null(_));
-        let limits =
-            Limits { size_bytes: disk.store.geometry().size_bytes, read_only: disk.store.read_only() };
+        let negotiated = |bit: u32| ring.features() & 1 << bit != 0;
+        let limits = Limits {
+            size_bytes: disk.config.size_bytes(),
+            read_only: disk.store.read_only(),
+            discard: negotiated(VIRTIO_BLK_F_DISCARD),
+            write_zeroes: negotiated(VIRTIO_BLK_F_WRITE_ZEROES),
+        };
         let size = if null { 0 } else { usize::from(ring.size()) };
         Self {
             descriptors: disk.config.segments() + 2,
@@ -100,11 +110,12 @@ impl Worker {
             limits,
             slots: (0..size).map(|_| Slot::default()).collect(),
             spare: Chain::new(),
+            spare_ranges: Vec::with_capacity(if null { 0 } else { MAX_RANGES }),
             active: 0,
             full: VecDeque::with_capacity(size),
             unpublished: 0,
             write: Op::Write,
-            flushes: 0,
+            slow: 0,
         }
     }
 
@@ -149,7 +160,7 @@ impl Worker {
 
     /// It makes no sense to look again rather than to sleep: nothing can come, or what is under way needs this CPU.
     pub(crate) fn should_sleep(&self) -> bool {
-        self.ring.is_broken() || self.flushes > 0
+        self.ring.is_broken() || self.slow > 0
     }
 
     /// Asks for kicks. True if there is work already.
@@ -203,6 +214,7 @@ impl Worker {
                 }
             }
             if taken == 0 && !self.null {
+                self.limits.size_bytes = self.disk.config.size_bytes();
                 let through = self.disk.config.write_through(self.ring.features());
                 self.write = if through { Op::WriteThrough } else { Op::Write };
             }
@@ -221,12 +233,13 @@ impl Worker {
         let parsed = if self.spare.descriptors() > self.descriptors && self.spare.writable_len() > 0 {
             Ok(Request::Done(Status::IoError))
         } else {
-            parse(&self.spare, self.limits)
+            parse(&self.spare, self.limits, &mut self.spare_ranges)
         };
         let (op, offset, length) = match parsed {
             Ok(Request::Read { offset, length }) => (Op::Read, offset, length),
             Ok(Request::Write { offset, length }) => (self.write, offset, length),
             Ok(Request::Flush) => (Op::Sync, 0, 0),
+            Ok(Request::Erase) => return self.begin_erase(),
             Ok(Request::GetId) => {
                 let room = self.spare.writable_len() as usize - 1;
                 let written = self.spare.write_at(0, &self.disk.serial[..room.min(ID_BYTES)]);
@@ -252,8 +265,24 @@ impl Worker {
         std::mem::swap(&mut slot.chain, &mut self.spare);
         slot.begin(op, offset, length, self.disk.store.geometry());
         self.active += 1;
-        self.flushes += u16::from(op == Op::Sync);
+        self.slow += u16::from(op.is_slow());
         self.go_on(head);
+    }
+
+    /// Begins the request in `spare` and `spare_ranges`.
+    fn begin_erase(&mut self) {
+        // A disk without storage does not offer it.
+        let Store::Image(image) = &self.disk.store else {
+            return self.answer_spare(Status::Unsupported, None, 0);
+        };
+        let head = self.spare.head();
+        let slot = &mut self.slots[usize::from(head)];
+        std::mem::swap(&mut slot.chain, &mut self.spare);
+        std::mem::swap(&mut slot.erasing.ranges, &mut self.spare_ranges);
+        let more = slot.begin_erase(self.write == Op::WriteThrough, image);
+        self.active += 1;
+        self.slow += 1;
+        if more { self.go_on(head) } else { self.finish(head, Status::Ok) }
     }
 
     /// Begins the next transfer of a request, and those after it as far as they end at once.
@@ -299,7 +328,18 @@ impl Worker {
             slot.retries += 1;
             return true;
         }
-        if result > 0 || (result == 0 && slot.op() == Op::Sync) {
+        if slot.erases()
+            && let Store::Image(image) = &self.disk.store
+        {
+            match slot.erased(result, image) {
+                Ok(false) => return true,
+                Ok(true) => self.finish(head, Status::Ok),
+                Err(errno) => {
+                    self.report(head, &io::Error::from_raw_os_error(errno));
+                    self.finish(head, Status::IoError);
+                }
+            }
+        } else if result > 0 || (result == 0 && slot.op() == Op::Sync) {
             if !slot.advance(result.unsigned_abs(), self.disk.store.geometry()) {
                 return true;
             }
@@ -319,7 +359,7 @@ impl Worker {
         let written = if slot.op() == Op::Read { slot.moved() } else { 0 };
         let payload = Some((slot.op(), slot.length()));
         self.active -= 1;
-        self.flushes -= u16::from(slot.op() == Op::Sync);
+        self.slow -= u16::from(slot.op().is_slow());
         self.unpublished += answer(&mut self.ring, &slot.chain, status, payload, written);
         slot.active = false;
         if !self.ring.is_current(&slot.chain) {

@@ -5,7 +5,7 @@ mod common;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use common::{DRIVER, Guest, PATIENCE, T_FLUSH, T_GET_ID, T_IN, T_OUT, pattern};
+use common::{DRIVER, Guest, PATIENCE, T_DISCARD, T_FLUSH, T_GET_ID, T_IN, T_OUT, T_WRITE_ZEROES, pattern};
 use offload_blk::{BlockDevice, DiskConfig, Image, Inline, IoEngine, QueueHost, Store, Threads};
 use offload_card::poll::{PollMode, PollPolicy};
 use offload_card::ring::{FEATURES, QueueShared};
@@ -15,9 +15,14 @@ use vm_memory::{Bytes, GuestAddress};
 
 const OK: u8 = 0;
 const IOERR: u8 = 1;
+const UNSUPP: u8 = 2;
 
 fn disk(store: Store, host: Arc<dyn QueueHost>, mode: PollMode, queue_size: u16) -> BlockDevice {
-    BlockDevice::new(DiskConfig {
+    BlockDevice::new(config(store, host, mode, queue_size)).unwrap()
+}
+
+fn config(store: Store, host: Arc<dyn QueueHost>, mode: PollMode, queue_size: u16) -> DiskConfig {
+    DiskConfig {
         name: "disk".into(),
         store,
         queues: 1,
@@ -27,8 +32,7 @@ fn disk(store: Store, host: Arc<dyn QueueHost>, mode: PollMode, queue_size: u16)
         poll: PollPolicy { mode, ..Default::default() },
         host,
         mode_file: None,
-    })
-    .unwrap()
+    }
 }
 
 fn null() -> Store {
@@ -208,6 +212,120 @@ fn used_lengths_are_what_was_written_without_a_gap() {
     // Half of it is there.
     image.as_file().set_len(512).unwrap();
     assert_eq!(length(T_IN, 0, 1024), 512);
+    stop(&disk);
+}
+
+/// Puts the ranges of a DISCARD or WRITE_ZEROES, with their flags, into a request and does it.
+fn erase(guest: &mut Guest, kind: u32, ranges: &[(u64, u32, u32)]) -> u8 {
+    let (header, status, data) = guest.write_header(0, kind, 0);
+    let bytes: Vec<u8> = ranges
+        .iter()
+        .flat_map(|(sector, sectors, flags)| {
+            [&sector.to_le_bytes()[..], &sectors.to_le_bytes(), &flags.to_le_bytes()].concat()
+        })
+        .collect();
+    guest.set_data(0, &bytes);
+    let mut buffers = vec![Buffer::readable(header, 16)];
+    // In one piece or in odd ones.
+    if ranges.len() == 1 {
+        buffers.push(Buffer::readable(data, 16));
+    } else {
+        buffers.push(Buffer::readable(data, 7));
+        buffers.push(Buffer::readable(data + 7, bytes.len() as u32 - 7));
+    }
+    buffers.push(Buffer::writable(status, 1));
+    let queue = &mut guest.queues[0];
+    queue.add(&buffers).expect("room");
+    queue.kick();
+    queue.wait_used(PATIENCE).expect("an answer");
+    guest.status(0)
+}
+
+/// The same by io_uring, by system calls, durable at once, and around the page cache.
+#[test]
+fn erased_ranges_are_zeros_and_their_space_is_given_back() {
+    let zeroed = |bytes: &[u8]| bytes.iter().all(|b| *b == 0);
+    for (engine, through, direct) in [
+        (IoEngine::IoUring, false, false),
+        (IoEngine::Sync, false, false),
+        (IoEngine::Auto, true, true),
+        (IoEngine::Sync, true, false),
+    ] {
+        let file = tempfile::NamedTempFile::new_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+        let size = 8 << 20;
+        let old = pattern(0, 1, size);
+        std::fs::write(file.path(), &old).unwrap();
+        file.as_file().sync_all().unwrap();
+        let image = Image::open(file.path().to_str().unwrap(), false, direct).unwrap();
+        let store = Store::Image(Arc::new(image));
+        let mut config = config(store, Arc::new(Threads), PollMode::Never, 256);
+        config.engine = engine;
+        let disk = BlockDevice::new(config).unwrap();
+        assert_eq!(disk.identity().features >> 13 & 3, 3);
+        if through {
+            disk.write_config(32, &[0]).unwrap();
+        }
+        let mut guest = Guest::new(1, 64, DRIVER | 1 << 13 | 1 << 14);
+        let shared = start(&disk, &guest);
+        let blocks = || std::os::unix::fs::MetadataExt::blocks(&file.as_file().metadata().unwrap());
+        let content = || std::fs::read(file.path()).unwrap();
+        let full = blocks();
+
+        // Odd borders: every byte inside, none outside.
+        assert_eq!(erase(&mut guest, T_WRITE_ZEROES, &[(1, 2047, 1), (4097, 1, 1)]), OK);
+        let now = content();
+        assert!(now[..512] == old[..512] && zeroed(&now[512..1 << 20]));
+        assert!(now[1 << 20..2 << 20] == old[1 << 20..2 << 20]);
+        assert!(zeroed(&now[4097 * 512..4098 * 512]) && now[4098 * 512..] == old[4098 * 512..]);
+        assert!(blocks() < full, "unmapped, and nothing is given back");
+        // Without unmap it keeps its space.
+        let before = blocks();
+        assert_eq!(erase(&mut guest, T_WRITE_ZEROES, &[(8192, 2048, 0)]), OK);
+        assert!(zeroed(&content()[4 << 20..5 << 20]));
+        assert!(blocks() >= before, "{} {before}", blocks());
+        // A discard gives all of it back, and nothing else.
+        assert_eq!(erase(&mut guest, T_DISCARD, &[(10240, 2048, 0), (14336, 2048, 0), (0, 0, 0)]), OK);
+        assert!(before - blocks() >= 4000, "{before} {}", blocks());
+        assert!(content()[6 << 20..7 << 20] == old[6 << 20..7 << 20]);
+        assert_eq!(content().len(), size);
+
+        // What is refused changes nothing.
+        let before = content();
+        for (kind, ranges, status) in [
+            (T_DISCARD, vec![(0, 8, 1)], UNSUPP),
+            (T_DISCARD, vec![(0, 8, 2)], UNSUPP),
+            (T_WRITE_ZEROES, vec![(0, 8, 2)], UNSUPP),
+            (T_WRITE_ZEROES, vec![(0, 8, 0), (16384, 1, 0)], IOERR),
+            (T_WRITE_ZEROES, vec![(0, 8, 0), (u64::MAX, 2, 0)], IOERR),
+            (T_DISCARD, vec![(0, (1 << 21) + 1, 0)], IOERR),
+            (T_DISCARD, vec![(0, 8, 0); 65], IOERR),
+        ] {
+            assert_eq!(erase(&mut guest, kind, &ranges), status, "{kind} {ranges:?}");
+        }
+        assert!(content() == before);
+        assert_eq!(erase(&mut guest, T_DISCARD, &[(0, 0, 0)]), OK);
+        assert_eq!((shared.counters.in_flight.get(), shared.counters.errors.get()), (0, 7));
+        stop(&disk);
+        // Those who have not agreed on it do not get it.
+        let mut simple = Guest::new(1, 64, DRIVER);
+        start(&disk, &simple);
+        assert_eq!(erase(&mut simple, T_DISCARD, &[(0, 8, 0)]), UNSUPP);
+        stop(&disk);
+    }
+}
+
+#[test]
+fn nothing_is_erased_on_a_read_only_disk() {
+    let (file, store) = file(1 << 20);
+    drop(store);
+    let image = Image::open(file.path().to_str().unwrap(), true, false).unwrap();
+    let disk = disk(Store::Image(Arc::new(image)), Arc::new(Threads), PollMode::Never, 256);
+    assert_eq!(disk.identity().features >> 13 & 3, 0);
+    let mut guest = Guest::new(1, 64, DRIVER | 1 << 13 | 1 << 14);
+    start(&disk, &guest);
+    for kind in [T_DISCARD, T_WRITE_ZEROES] {
+        assert_eq!(erase(&mut guest, kind, &[(0, 8, 0)]), IOERR);
+    }
     stop(&disk);
 }
 

@@ -27,6 +27,17 @@ pub(crate) enum Op {
     WriteThrough,
     /// Make everything written and completed durable.
     Sync,
+    /// Give a range's space back; it reads as zeros from then on.
+    Punch,
+    /// Make a range zeros that keep their space.
+    Zero,
+}
+
+impl Op {
+    /// It keeps the storage busy, and the CPU is better left to it.
+    pub(crate) fn is_slow(self) -> bool {
+        matches!(self, Self::Sync | Self::Punch | Self::Zero)
+    }
 }
 
 /// One transfer.
@@ -35,7 +46,9 @@ pub(crate) struct Transfer<'a> {
     pub(crate) op: Op,
     /// Byte offset in the image.
     pub(crate) offset: u64,
-    /// Where in memory; at most `IOV_MAX`. Nothing for `Sync`.
+    /// Bytes of `Punch` and `Zero`.
+    pub(crate) length: u64,
+    /// Where in memory, for reads and writes; at most `IOV_MAX`.
     pub(crate) iovecs: &'a [libc::iovec],
     /// Offset, memory or a length is not aligned as O_DIRECT wants: go through the page cache.
     pub(crate) unaligned: bool,
@@ -195,7 +208,7 @@ mod tests {
         assert!(refused.is_none());
         let mut memory = [0u8; 512];
         let iovecs = [libc::iovec { iov_base: memory.as_mut_ptr().cast(), iov_len: 512 }];
-        let transfer = Transfer { op: Op::Read, offset: 0, iovecs: &iovecs, unaligned: false };
+        let transfer = Transfer { op: Op::Read, offset: 0, length: 0, iovecs: &iovecs, unaligned: false };
         let (mut begun, mut done) = (0u16, 0);
         for tag in 0..200 {
             // SAFETY: `memory` and `iovecs` are there until all are done.

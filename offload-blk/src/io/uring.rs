@@ -138,6 +138,10 @@ impl Uring {
             (Op::WriteThrough, _) => {
                 opcode::Writev::new(file, first, count).offset(offset).rw_flags(libc::RWF_DSYNC).build()
             }
+            (Op::Punch | Op::Zero, _) => opcode::Fallocate::new(file, transfer.length)
+                .offset(offset)
+                .mode(calls::fallocate_mode(transfer.op))
+                .build(),
             (Op::Sync, _) => opcode::Fsync::new(file).flags(FsyncFlags::DATASYNC).build(),
         };
         // SAFETY: the caller keeps what the entry points to until the completion is taken, and `image` the file.
@@ -171,7 +175,7 @@ impl Uring {
                 // SAFETY: as above.
                 Some(unsafe { calls::transfer(&self.image, transfer, 0) })
             }
-            Op::Read | Op::Write | Op::WriteThrough | Op::Sync => None,
+            Op::Read | Op::Write | Op::WriteThrough | Op::Sync | Op::Punch | Op::Zero => None,
         }
     }
 

@@ -2,7 +2,8 @@
 
 use offload_card::Chain;
 
-use crate::image::Geometry;
+use super::erasing::{Erasing, Piece, zeros};
+use crate::image::{Geometry, Image};
 use crate::io::{Op, Transfer};
 use crate::request::HEADER_BYTES;
 
@@ -27,6 +28,10 @@ pub(super) struct Slot {
     first: usize,
     /// The next transfer is not aligned as O_DIRECT wants.
     unaligned: bool,
+    /// The ranges to be done away with, if it is a request of that kind.
+    pub(super) erasing: Erasing,
+    /// The piece of them that is next, then.
+    piece: Option<Piece>,
 }
 
 // SAFETY: `iovecs` are addresses in guest memory that `chain`, which goes with them, keeps mapped; any thread may use
@@ -46,6 +51,8 @@ impl Default for Slot {
             iovecs: Vec::new(),
             first: 0,
             unaligned: false,
+            erasing: Erasing::default(),
+            piece: None,
         }
     }
 }
@@ -56,10 +63,11 @@ impl Slot {
         (self.active, self.retries) = (true, 0);
         (self.op, self.offset, self.length, self.moved, self.first) = (op, offset, length, 0, 0);
         self.iovecs.clear();
+        self.piece = None;
         let (segments, mut skip) = match op {
             Op::Read => (self.chain.writable(), 0),
             Op::Write | Op::WriteThrough => (self.chain.readable(), HEADER_BYTES),
-            Op::Sync => (&[][..], 0),
+            Op::Sync | Op::Punch | Op::Zero => (&[][..], 0),
         };
         let mut left = length as usize;
         for segment in segments {
@@ -74,6 +82,39 @@ impl Slot {
             }
         }
         self.align(geometry);
+    }
+
+    /// Takes a new request: the ranges of `erasing`, made durable if it says so. False if there is nothing to do for it.
+    pub(super) fn begin_erase(&mut self, durable: bool, image: &Image) -> bool {
+        (self.active, self.retries) = (true, 0);
+        (self.op, self.offset, self.length, self.moved, self.first) = (Op::Punch, 0, 0, 0, 0);
+        self.erasing.begin(durable);
+        self.next_piece(image)
+    }
+
+    fn next_piece(&mut self, image: &Image) -> bool {
+        self.piece = self.erasing.next(image);
+        self.iovecs.clear();
+        if let Some(Piece { op: Op::Write, length, .. }) = self.piece {
+            zeros(length, &mut self.iovecs);
+        }
+        self.piece.is_some()
+    }
+
+    /// A piece of the ranges ended with `result`. True if that was all.
+    ///
+    /// # Errors
+    /// An errno: the request has failed.
+    pub(super) fn erased(&mut self, result: i32, image: &Image) -> Result<bool, i32> {
+        self.retries = 0;
+        let Some(piece) = self.piece else { return Ok(true) };
+        self.erasing.ended(piece, result, image)?;
+        Ok(!self.next_piece(image))
+    }
+
+    /// It does away with ranges.
+    pub(super) fn erases(&self) -> bool {
+        self.piece.is_some()
     }
 
     /// Finds out whether what is left can go around the page cache: before Linux 6.18 every piece must be whole blocks.
@@ -103,14 +144,17 @@ impl Slot {
 
     /// Where in the image the next transfer begins.
     pub(super) fn next_offset(&self) -> u64 {
-        self.offset + u64::from(self.moved)
+        self.piece.map_or(self.offset + u64::from(self.moved), |piece| piece.offset)
     }
 
     /// The next transfer.
     pub(super) fn transfer(&self) -> Transfer<'_> {
         let rest = &self.iovecs[self.first..];
         let iovecs = &rest[..rest.len().min(MAX_IOVECS)];
-        Transfer { op: self.op, offset: self.next_offset(), iovecs, unaligned: self.unaligned }
+        if let Some(Piece { op, offset, length }) = self.piece {
+            return Transfer { op, offset, length, iovecs, unaligned: true };
+        }
+        Transfer { op: self.op, offset: self.next_offset(), length: 0, iovecs, unaligned: self.unaligned }
     }
 
     /// `moved` bytes more have been moved. True if that was all.

@@ -29,6 +29,8 @@ pub const T_IN: u32 = 0;
 pub const T_OUT: u32 = 1;
 pub const T_FLUSH: u32 = 4;
 pub const T_GET_ID: u32 = 8;
+pub const T_DISCARD: u32 = 11;
+pub const T_WRITE_ZEROES: u32 = 13;
 
 /// Features of a modern driver: ring features, flush, several queues, cache mode.
 pub const DRIVER: u64 = FEATURES | 1 << 9 | 1 << 12 | 1 << 2 | 1 << 6;
