@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use common::{Card, DRIVER, Guest, PATIENCE, T_FLUSH, T_GET_ID, T_IN, T_OUT, image, pattern, spec};
 use offload_card::ring::FEATURES;
 use offload_card::testing::{Buffer, Front};
-use proto::v1::{BlockDeviceSpec, ErrorReason};
+use proto::v1::{BlockDeviceSpec, DeviceLimits, ErrorReason};
 use vhost::vhost_user::VhostUserFrontend;
 use vhost::vhost_user::message::VhostUserProtocolFeatures as Protocol;
 
@@ -334,7 +334,7 @@ fn bad_specifications_leave_nothing_behind() {
         (spec("d", BlockDeviceSpec { queue_size: 100, ..block(&good) }), ErrorReason::InvalidField),
         (spec("d", BlockDeviceSpec { queue_size: 65536, ..block(&good) }), ErrorReason::InvalidField),
         (spec("d", BlockDeviceSpec { serial: "x".repeat(21), ..block(&good) }), ErrorReason::InvalidField),
-        (proto::v1::DeviceSpec { id: "d".into(), kind: None }, ErrorReason::InvalidField),
+        (proto::v1::DeviceSpec { id: "d".into(), kind: None, limits: None }, ErrorReason::InvalidField),
     ];
     for (wanted, reason) in cases {
         for validate_only in [true, false] {
@@ -650,4 +650,42 @@ fn a_card_that_cannot_start_says_why() {
     fs::write(&file, "").unwrap();
     assert!(run(&other.path().join("c.sock"), &file, "info").contains(file.to_str().unwrap()));
     assert!(run(&other.path().join("c.sock"), other.path(), "=!").contains("log filter"));
+}
+
+/// They are kept, and hold for the next process; creating the device again with others sets them.
+#[test]
+fn limits_are_set_at_run_time_and_outlive_the_process() {
+    let dir = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+    let path = image(dir.path(), "disk.img", 8 << 20);
+    let mut card = Card::start(dir.path(), &[]);
+    let mut wanted = spec("d", BlockDeviceSpec { path, ..Default::default() });
+    let device = card.create(&wanted).unwrap();
+    let limited = DeviceLimits { operations_per_second: 20, operations_burst: 1, ..Default::default() };
+    let refused = card.set_limits("d", DeviceLimits { bytes_per_second: 1, ..limited }).unwrap_err();
+    assert_eq!(refused.fact("field"), Some("limits.bytes_per_second"));
+    assert_eq!(card.set_limits("none", limited).unwrap_err().reason(), ErrorReason::DeviceNotFound);
+    assert_eq!(card.set_limits("d", limited).unwrap().spec.unwrap().limits, Some(limited));
+    card.crash();
+    assert_eq!(card.list()[0].spec.as_ref().unwrap().limits, Some(limited));
+    let mut front = connect(&device);
+    let mut guest = Guest::new(1, 64, DRIVER);
+    guest.connect(&mut front);
+    let since = Instant::now();
+    for _ in 0..5 {
+        assert_eq!(guest.run(0, T_IN, 0, 4096), OK);
+    }
+    assert!(since.elapsed() >= Duration::from_millis(4 * 50), "{:?}", since.elapsed());
+    let stats = card.stats("d").unwrap().queues.remove(0);
+    assert!(stats.throttled > 0 && stats.throttled_ns > 0, "{stats:?}");
+    wanted.limits = None;
+    assert_eq!(card.create(&wanted).unwrap().spec.unwrap().limits, None);
+    let since = Instant::now();
+    for _ in 0..20 {
+        assert_eq!(guest.run(0, T_IN, 0, 4096), OK);
+    }
+    assert!(since.elapsed() < Duration::from_millis(19 * 50), "{:?}", since.elapsed());
+    card.crash();
+    assert_eq!(card.list()[0].spec.as_ref().unwrap().limits, None);
+    let refused = card.create(&spec("d", BlockDeviceSpec { path: "/other".into(), ..Default::default() }));
+    assert_eq!(refused.unwrap_err().reason(), ErrorReason::DeviceExists);
 }
