@@ -689,3 +689,43 @@ fn limits_are_set_at_run_time_and_outlive_the_process() {
     let refused = card.create(&spec("d", BlockDeviceSpec { path: "/other".into(), ..Default::default() }));
     assert_eq!(refused.unwrap_err().reason(), ErrorReason::DeviceExists);
 }
+
+/// What Prometheus reads: over the Unix socket, and the loopback address if asked for.
+#[test]
+fn numbers_are_served_to_prometheus() {
+    use std::io::{Read, Write};
+    let ask = |mut stream: Box<dyn ReadWrite>| {
+        stream.write_all(b"GET /metrics HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n").unwrap();
+        let mut text = String::new();
+        stream.read_to_string(&mut text).unwrap();
+        text
+    };
+    trait ReadWrite: Read + Write {}
+    impl<T: Read + Write> ReadWrite for T {}
+    let dir = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+    // A port that is free now; nothing else on this host is likely to take it meanwhile.
+    let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+    let address = port.to_string();
+    let mut card = Card::start(dir.path(), &["--metrics-listen", &address]);
+    let path = image(dir.path(), "disk.img", 8 << 20);
+    let device = card.create(&spec("d", BlockDeviceSpec { path, queues: 2, ..Default::default() })).unwrap();
+    let mut front = connect(&device);
+    let mut guest = Guest::new(2, 64, DRIVER);
+    guest.connect(&mut front);
+    assert_eq!(guest.run(1, T_OUT, 0, 4096), OK);
+    let unix = || std::os::unix::net::UnixStream::connect(dir.path().join("metrics.sock")).unwrap();
+    let tcp = || std::net::TcpStream::connect(port).unwrap();
+    // An answer is counted when it has been shown to the driver.
+    let line = "outboard_blk_requests_total{device=\"d\",queue=\"1\",op=\"write\"} 1\n";
+    let since = Instant::now();
+    while !ask(Box::new(unix())).contains(line) {
+        assert!(since.elapsed() < PATIENCE, "{}", ask(Box::new(unix())));
+    }
+    assert!(ask(Box::new(tcp())).contains(line));
+    // A crash leaves the socket behind, which is in nobody's way.
+    card.crash();
+    card.identify();
+    assert!(ask(Box::new(unix())).contains("outboard_blk_devices{state=\"served\"} 1\n"));
+    assert!(card.terminate().success());
+    assert!(!dir.path().join("metrics.sock").exists());
+}

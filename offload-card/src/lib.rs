@@ -8,7 +8,8 @@
 //! - [`poll`]: what a data thread's loop is made of;
 //! - [`qos`]: limits of what a device does per second;
 //! - [`server`]: a device's vhost-user socket: listens, is connected to again and again, starts and stops queues;
-//! - [`runtime`]: the card's process: devices kept in its runtime directory, the control service, readiness, the end.
+//! - [`runtime`]: the card's process: devices kept in its runtime directory, the control service, readiness, the end;
+//! - [`metrics`]: its numbers, for Prometheus.
 //!
 //! ```text
 //!   controller ──gRPC──► runtime ──creates──► server (one control thread per device) ◄──vhost-user── front-end
@@ -26,6 +27,7 @@ pub mod event;
 pub mod factory;
 pub mod limit;
 pub mod memory;
+pub mod metrics;
 pub mod poll;
 pub mod qos;
 pub mod ring;

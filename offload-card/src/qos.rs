@@ -23,6 +23,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use proto::error::Error;
+use proto::limits::MAX_BURST_SECONDS;
 use proto::v1::DeviceLimits;
 
 use crate::clock;
@@ -32,17 +33,10 @@ const TICKS_LOG2: u32 = 4;
 const TICKS_PER_SECOND: u64 = 1_000_000_000 << TICKS_LOG2;
 /// Fraction bits of a token's cost.
 const FRACTION: u32 = 24;
-/// Longest burst, in seconds at the limit's rate.
-const MAX_BURST_SECONDS: u64 = 86_400;
 /// The clock begins with the boot, and a bucket may be full since before.
 const EPOCH: u64 = MAX_BURST_SECONDS * TICKS_PER_SECOND;
 /// Without another burst, this part of a second's worth: as much as a second may be off.
 const DEFAULT_BURST: u64 = 100;
-/// Largest rate. More is no limit.
-const MAX_RATE: u64 = 1 << 40;
-/// Smallest rate in bytes per second: so that what the largest request owes is paid in this life.
-const MIN_BYTES_RATE: u64 = 4096;
-
 /// A rate, and what may be done at once after a pause.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct Rate {
@@ -58,15 +52,16 @@ pub struct Limits {
 }
 
 impl Limits {
-    /// As a request has them; absent or all 0: none.
+    /// As a request has them; absent: none.
     ///
     /// # Errors
-    /// `InvalidField`: a rate or a burst is out of its range.
+    /// As [`DeviceLimits::check`].
     pub fn new(limits: Option<&DeviceLimits>) -> Result<Self, Error> {
-        let Some(l) = limits else { return Ok(Self::default()) };
+        let Some(limits) = limits else { return Ok(Self::default()) };
+        limits.check()?;
         Ok(Self {
-            operations: rate("operations", l.operations_per_second, l.operations_burst, 1)?,
-            bytes: rate("bytes", l.bytes_per_second, l.bytes_burst, MIN_BYTES_RATE)?,
+            operations: rate(limits.operations_per_second, limits.operations_burst),
+            bytes: rate(limits.bytes_per_second, limits.bytes_burst),
         })
     }
 
@@ -76,27 +71,9 @@ impl Limits {
     }
 }
 
-fn rate(what: &str, per_second: u64, burst: u64, least: u64) -> Result<Option<Rate>, Error> {
-    let refuse = |field: &str, message: String| {
-        Err(Error::invalid_field(&format!("limits.{what}_{field}"), message)
-            .remedy("leave it out, or 0, for no limit"))
-    };
-    if per_second == 0 {
-        if burst != 0 {
-            return refuse("burst", format!("a burst of {burst} {what} without a limit means nothing"));
-        }
-        return Ok(None);
-    }
-    if !(least..=MAX_RATE).contains(&per_second) {
-        let message = format!("{per_second} {what} per second are not {least} to {MAX_RATE}");
-        return refuse("per_second", message);
-    }
-    let most = per_second.saturating_mul(MAX_BURST_SECONDS);
-    if burst > most {
-        return refuse("burst", format!("a burst of {burst} {what} is more than the {most} of a day"));
-    }
+fn rate(per_second: u64, burst: u64) -> Option<Rate> {
     let burst = if burst == 0 { (per_second / DEFAULT_BURST).max(1) } else { burst };
-    Ok(Some(Rate { per_second, burst }))
+    (per_second > 0).then_some(Rate { per_second, burst })
 }
 
 /// Time of a [`Bucket`], in ticks.

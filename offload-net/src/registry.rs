@@ -11,7 +11,7 @@ use offload_card::poll::PollPolicy;
 use offload_card::{ConfigNotifier, Device, DeviceFactory, Identity};
 use proto::error::{Error, ErrorReason};
 use proto::v1::device_spec::Kind;
-use proto::v1::{DeviceLimits, DeviceSpec, NetDeviceSpec, NetworkSpec};
+use proto::v1::{DeviceSpec, NetDeviceSpec, NetworkSpec};
 use tonic::Code;
 
 use crate::device::{MTU_MAX, MTU_MIN, NetDevice, Settings};
@@ -182,7 +182,7 @@ impl Networks {
 impl DeviceFactory for Networks {
     fn validate(&self, spec: &DeviceSpec) -> Result<Identity, Error> {
         let net = net_spec(spec)?;
-        if spec.limits.is_some_and(|l| l != DeviceLimits::default()) {
+        if spec.limits.is_some_and(|l| !l.is_none()) {
             return Err(not_limited());
         }
         let networks = self.lock();

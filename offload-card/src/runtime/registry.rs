@@ -409,6 +409,21 @@ impl<F: DeviceFactory> Registry<F> {
         Ok(live(place).into_iter().collect())
     }
 
+    /// Counters of all devices that are served, and how many are not.
+    pub(super) fn numbers(&self) -> (Vec<DeviceStats>, usize) {
+        let places = self.places();
+        let mut stats = Vec::with_capacity(places.len());
+        let mut lost = 0;
+        for place in places.values() {
+            match place {
+                Place::Live(live) => stats.push(live.server.stats(&live.id)),
+                Place::Lost(_) => lost += 1,
+                Place::Busy => {}
+            }
+        }
+        (stats, lost)
+    }
+
     /// Stops all devices, at the same time, by `deadline`. Records stay.
     pub(super) fn stop_all(&self, deadline: Instant) {
         let all = std::mem::take(&mut *self.places());
