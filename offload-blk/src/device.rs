@@ -5,6 +5,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
 use offload_card::poll::{PollPolicy, Sender, mailbox};
+use offload_card::qos::Limits;
 use offload_card::ring::QueueShared;
 use offload_card::{Busy, Device, Identity, Ring, RingState};
 use proto::error::Error;
@@ -18,7 +19,7 @@ use crate::mode::ModeFile;
 use crate::queue::{QueueHost, QueueStart, host_error};
 use crate::request::ID_BYTES;
 use crate::store::Store;
-use crate::worker::{Disk, IoEngine, Stop};
+use crate::worker::{Disk, IoEngine, QueueOrder};
 
 /// Smallest ring: a request has a header, a status and at least one segment of data.
 pub const MIN_QUEUE_SIZE: u16 = 4;
@@ -51,7 +52,7 @@ pub struct DiskConfig {
 /// A running queue.
 #[derive(Debug)]
 struct Queue {
-    orders: Sender<Stop>,
+    orders: Sender<QueueOrder>,
     ended: mpsc::Receiver<RingState>,
     shared: Arc<QueueShared>,
 }
@@ -98,7 +99,7 @@ impl BlockDevice {
             max_queue_size: queue_size,
             config_size: CONFIG_BYTES,
         };
-        let disk = Arc::new(Disk { store, config, serial: id, engine });
+        let disk = Arc::new(Disk { store, config, serial: id, engine, limiter: Arc::default() });
         let span = tracing::info_span!("device", id = name);
         let queues = Mutex::new((0..queues).map(|_| None).collect());
         Ok(Self { name, identity, disk, poll, host, queues, resizing: Mutex::default(), span })
@@ -125,12 +126,12 @@ impl BlockDevice {
         Ok(now != before)
     }
 
-    /// Sends the order to stop; `None`: queue `index` does not run.
-    fn order_stop(&self, index: u16) -> Option<()> {
+    /// Sends an order; `None`: queue `index` does not run.
+    fn order(&self, index: u16, order: QueueOrder) -> Option<()> {
         let queues = self.queues.lock().unwrap_or_else(PoisonError::into_inner);
         let queue = queues.get(usize::from(index))?.as_ref()?;
-        // A queue that has ended needs no order.
-        let _ = queue.orders.send(Stop);
+        // A queue that has ended needs none.
+        let _ = queue.orders.send(order);
         drop(queues);
         self.host.order_sent(index);
         Some(())
@@ -182,11 +183,11 @@ impl Device for BlockDevice {
     }
 
     fn begin_stop(&self, index: u16) {
-        self.order_stop(index);
+        self.order(index, QueueOrder::Stop);
     }
 
     fn stop_queue(&self, index: u16, deadline: Instant) -> Result<Option<RingState>, Busy> {
-        if self.order_stop(index).is_none() {
+        if self.order(index, QueueOrder::Stop).is_none() {
             return Ok(None);
         }
         let mut queues = self.queues.lock().unwrap_or_else(PoisonError::into_inner);
@@ -204,6 +205,15 @@ impl Device for BlockDevice {
             // Disconnected: it cannot end without saying so but in a panic, which ends the process.
             Err(RecvTimeoutError::Timeout | RecvTimeoutError::Disconnected) => Err(busy(queue)),
         }
+    }
+
+    fn set_limits(&self, limits: Limits) -> Result<(), Error> {
+        if self.disk.limiter.set(limits) {
+            for index in 0..self.identity.queues {
+                self.order(index, QueueOrder::Limits);
+            }
+        }
+        Ok(())
     }
 
     fn reset(&self) {

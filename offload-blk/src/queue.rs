@@ -4,7 +4,7 @@ use std::fmt;
 use std::io;
 use std::sync::{Arc, Mutex, PoisonError, mpsc};
 
-use offload_card::poll::{Next, Pacer, PollPolicy, Receiver};
+use offload_card::poll::{Next, Pacer, PollMode, PollPolicy, Receiver};
 use offload_card::{Ring, RingState};
 use proto::error::Error;
 use proto::v1::ErrorReason;
@@ -12,7 +12,7 @@ use tonic::Code;
 use tracing::{Span, warn};
 
 use crate::io::{Backend, Wakers};
-use crate::worker::{Disk, Stop, Worker};
+use crate::worker::{Disk, QueueOrder, Worker};
 
 /// A queue's thread needs little: its data is on the heap.
 const STACK_BYTES: usize = 256 * 1024;
@@ -24,6 +24,8 @@ pub enum Progress {
     Worked,
     /// Nothing, and requests are under way.
     Waiting,
+    /// Nothing, because requests have to wait until the disk's limits allow them: sleep, or turn again later.
+    Throttled,
     /// Nothing, and nothing is under way.
     Idle,
     /// The queue has been stopped; nothing is to be done ever.
@@ -68,7 +70,8 @@ impl BlockQueue {
         progress
     }
 
-    /// Asks the driver for kicks and waits until there may be work or an order. False if there was no need to wait.
+    /// Asks the driver for kicks and waits until there may be work or an order, or the disk's limits allow what waits for
+    /// them. False if there was no need to wait.
     pub fn sleep(&mut self) -> bool {
         self.worker.as_mut().is_some_and(|w| w.sleep())
     }
@@ -104,6 +107,12 @@ impl BlockQueue {
                         worker.ring().counters().poll_hits.add(1);
                     }
                 }
+                // Until when is known: there is nothing to learn, and nothing to look for.
+                Progress::Throttled if self.policy.mode != PollMode::Always => {
+                    self.sleep();
+                    pacer.woke();
+                }
+                Progress::Throttled => std::hint::spin_loop(),
                 Progress::Waiting | Progress::Idle => {
                     let sleepy = self.worker.as_ref().is_some_and(|w| w.should_sleep());
                     if sleepy || pacer.idle() == Next::Sleep {
@@ -134,7 +143,7 @@ pub struct QueueStart {
     pub(crate) disk: Arc<Disk>,
     pub(crate) name: String,
     pub(crate) ring: Ring,
-    pub(crate) orders: Receiver<Stop>,
+    pub(crate) orders: Receiver<QueueOrder>,
     pub(crate) ended: mpsc::Sender<RingState>,
     pub(crate) policy: PollPolicy,
     pub(crate) span: Span,
@@ -213,7 +222,7 @@ pub trait QueueHost: Send + Sync + fmt::Debug {
     /// `Host`: the queue cannot be served now. It has been dropped, and the front-end will try again.
     fn serve(&self, queue: QueueStart) -> Result<(), Error>;
 
-    /// Queue `index` has an order to stop: it is to be turned soon. One that sleeps wakes up by itself.
+    /// Queue `index` has an order: it is to be turned soon. One that sleeps wakes up by itself.
     fn order_sent(&self, _index: u16) {}
 }
 
@@ -271,7 +280,8 @@ impl Inline {
         Self((0..queues).map(|_| Mutex::new(None)).collect())
     }
 
-    /// Does what waits in queue `index`, all of it, and returns when nothing is under way any more.
+    /// Does what waits in queue `index`, all of it, and returns when nothing is under way any more. If the disk has limits
+    /// that may take long.
     pub fn notify(&self, index: u16) {
         let Some(place) = self.0.get(usize::from(index)) else { return };
         let mut place = place.lock().unwrap_or_else(PoisonError::into_inner);
@@ -279,6 +289,10 @@ impl Inline {
         loop {
             match queue.turn() {
                 Progress::Worked | Progress::Waiting => {}
+                // It holds the guest up, which is what limits are for.
+                Progress::Throttled => {
+                    queue.sleep();
+                }
                 // The driver is to notify us again; what has come just before, it will not notify us of.
                 Progress::Idle if queue.ask_for_kicks() => {}
                 Progress::Idle => return,

@@ -1,14 +1,17 @@
 //! A queue's work: takes requests from its ring, has them done, and answers.
 
 mod erasing;
+mod meter;
 mod slot;
 
 use std::collections::VecDeque;
 use std::io;
 use std::sync::Arc;
+use std::time::Duration;
 
 use offload_card::poll::{Order, Receiver};
-use offload_card::{Chain, Ring, RingError, RingState};
+use offload_card::qos::{Limiter, Tap};
+use offload_card::{Chain, Ring, RingError, RingState, clock};
 use tracing::{error, warn};
 use virtio_bindings::virtio_blk::{VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_WRITE_ZEROES};
 
@@ -16,13 +19,19 @@ use crate::config::Config;
 use crate::erase::{MAX_RANGES, Range};
 use crate::io::{Backend, Begun, Op};
 use crate::queue::Progress;
-use crate::request::{ID_BYTES, Limits, NoStatus, Request, Status, parse};
+use crate::request::{HEADER_BYTES, ID_BYTES, Limits, NoStatus, Request, Status, parse};
 use crate::store::Store;
+use meter::{Kind, Meter};
 use slot::Slot;
 
 /// Orders to a queue.
 #[derive(Debug)]
-pub(crate) struct Stop;
+pub(crate) enum QueueOrder {
+    /// Take nothing more, and end.
+    Stop,
+    /// The disk's limits are others now.
+    Limits,
+}
 
 /// Which way of doing I/O to take.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, clap::ValueEnum)]
@@ -53,13 +62,21 @@ pub(crate) struct Disk {
     pub(crate) config: Config,
     pub(crate) serial: [u8; ID_BYTES],
     pub(crate) engine: IoEngine,
+    pub(crate) limiter: Arc<Limiter>,
+}
+
+/// Requests wait until the disk's limits allow the next one. Times of [`clock::now`].
+#[derive(Debug, Clone, Copy)]
+struct Throttled {
+    since: u64,
+    until: u64,
 }
 
 /// A queue's state.
 pub(crate) struct Worker {
     disk: Arc<Disk>,
     ring: Ring,
-    orders: Receiver<Stop>,
+    orders: Receiver<QueueOrder>,
     stopping: bool,
     /// Kicks are asked for.
     armed: bool,
@@ -85,10 +102,13 @@ pub(crate) struct Worker {
     write: Op,
     /// Requests under way that take the storage long: flushes, and those that erase.
     slow: u16,
+    tap: Tap,
+    throttled: Option<Throttled>,
+    meter: Meter,
 }
 
 impl Worker {
-    pub(crate) fn new(disk: Arc<Disk>, ring: Ring, orders: Receiver<Stop>, backend: Backend) -> Self {
+    pub(crate) fn new(disk: Arc<Disk>, ring: Ring, orders: Receiver<QueueOrder>, backend: Backend) -> Self {
         let null = matches!(disk.store, Store::Null(_));
         let negotiated = |bit: u32| ring.features() & 1 << bit != 0;
         let limits = Limits {
@@ -100,6 +120,9 @@ impl Worker {
         let size = if null { 0 } else { usize::from(ring.size()) };
         Self {
             descriptors: disk.config.segments() + 2,
+            tap: disk.limiter.tap(),
+            throttled: None,
+            meter: Meter::new(size),
             disk,
             ring,
             orders,
@@ -125,8 +148,12 @@ impl Worker {
 
     /// One look at everything, without waiting.
     pub(crate) fn turn(&mut self) -> Progress {
-        if !self.stopping && self.orders.pending() {
-            self.stopping = !matches!(self.orders.take(), Order::None);
+        while !self.stopping && self.orders.pending() {
+            match self.orders.take() {
+                Order::Some(QueueOrder::Stop) | Order::Closed => self.stopping = true,
+                Order::Some(QueueOrder::Limits) => {}
+                Order::None => break,
+            }
         }
         if self.armed {
             self.armed = false;
@@ -143,6 +170,7 @@ impl Worker {
             self.lost(&e);
         }
         self.publish();
+        self.meter.settle(&self.ring);
         let kicks = self.backend.kicks();
         if kicks > 0 {
             self.ring.counters().kicks.add(kicks);
@@ -151,10 +179,15 @@ impl Worker {
             Progress::Ended
         } else if completed || taken {
             Progress::Worked
-        } else if self.active > 0 {
-            Progress::Waiting
         } else {
-            Progress::Idle
+            self.meter.idle();
+            if self.throttled.is_some() {
+                Progress::Throttled
+            } else if self.active > 0 {
+                Progress::Waiting
+            } else {
+                Progress::Idle
+            }
         }
     }
 
@@ -174,11 +207,18 @@ impl Worker {
 
     /// Waits until there may be work; false if there is some already.
     pub(crate) fn sleep(&mut self) -> bool {
-        if self.ask_for_kicks() {
+        // If requests wait, the driver has nothing to tell.
+        let left = self.throttled.map(|t| t.until.saturating_sub(clock::now()));
+        let timeout = left.map(Duration::from_nanos);
+        let needless = match left {
+            Some(left) => left == 0 || self.orders.pending(),
+            None => self.ask_for_kicks(),
+        };
+        if needless {
             return false;
         }
         self.ring.counters().sleeps.add(1);
-        if let Err(e) = self.backend.wait() {
+        if let Err(e) = self.backend.wait(timeout) {
             self.lost(&e);
         }
         true
@@ -203,20 +243,13 @@ impl Worker {
 
     /// Takes what waits in the ring; when stopping, only what a predecessor left. True if there was something.
     fn take_requests(&mut self) -> bool {
+        if self.throttled.is_some() || self.tap.throttle().is_some() {
+            return self.take_as_allowed();
+        }
         let mut taken = 0;
-        while taken < MAX_TAKEN && (!self.stopping || self.ring.recovered() > 0) {
-            match self.ring.pop(&mut self.spare) {
-                Ok(true) => {}
-                Ok(false) => break,
-                Err(e) => {
-                    warn!("queue {} is broken: {e}", self.ring.index());
-                    break;
-                }
-            }
-            if taken == 0 && !self.null {
-                self.limits.size_bytes = self.disk.config.size_bytes();
-                let through = self.disk.config.write_through(self.ring.features());
-                self.write = if through { Op::WriteThrough } else { Op::Write };
+        while taken < MAX_TAKEN && self.may_take() && self.pop() {
+            if taken == 0 {
+                self.begin_batch();
             }
             taken += 1;
             self.begin();
@@ -226,6 +259,87 @@ impl Worker {
             }
         }
         taken > 0
+    }
+
+    /// [`Worker::take_requests`], of a disk that has limits.
+    #[cold]
+    fn take_as_allowed(&mut self) -> bool {
+        let now = clock::now();
+        let mut taken = 0;
+        while taken < MAX_TAKEN && self.may_take() {
+            // A predecessor has paid for what it left.
+            let free = self.ring.recovered() > 0;
+            if !(free || self.is_allowed(now)) || !self.pop() {
+                break;
+            }
+            if taken == 0 {
+                self.begin_batch();
+            }
+            taken += 1;
+            if let Some(throttle) = self.tap.throttle().filter(|_| !free) {
+                let bytes = self.spare.readable_len() + self.spare.writable_len();
+                throttle.take(u64::from(bytes.saturating_sub(HEADER_BYTES as u32 + 1)), now);
+            }
+            self.begin();
+            if !self.stopping && self.orders.pending() {
+                break;
+            }
+        }
+        if self.stopping {
+            self.end_wait(now);
+        }
+        taken > 0
+    }
+
+    /// The disk's limits allow a request at `now`. If they do not and one waits, it is noted until when.
+    fn is_allowed(&mut self, now: u64) -> bool {
+        let until = self.tap.throttle().map_or(0, |t| t.ready());
+        if until <= now {
+            self.end_wait(now);
+            return true;
+        }
+        // An error breaks the ring, which then has nothing.
+        if self.ring.available().is_ok_and(|waiting| waiting > 0) {
+            let since = self.throttled.map_or(now, |t| t.since);
+            self.throttled = Some(Throttled { since, until });
+        } else {
+            self.end_wait(now);
+        }
+        false
+    }
+
+    /// The limits hold nothing up any more.
+    fn end_wait(&mut self, now: u64) {
+        if let Some(throttled) = self.throttled.take() {
+            let counters = self.ring.counters();
+            counters.throttled.add(1);
+            counters.throttled_ns.add(now.saturating_sub(throttled.since));
+        }
+    }
+
+    fn may_take(&self) -> bool {
+        !self.stopping || self.ring.recovered() > 0
+    }
+
+    /// Takes the next request into `spare`.
+    fn pop(&mut self) -> bool {
+        match self.ring.pop(&mut self.spare) {
+            Ok(popped) => popped,
+            Err(e) => {
+                warn!("queue {} is broken: {e}", self.ring.index());
+                false
+            }
+        }
+    }
+
+    /// Looks at what is the same for all requests taken in one go.
+    fn begin_batch(&mut self) {
+        self.meter.begin();
+        if !self.null {
+            self.limits.size_bytes = self.disk.config.size_bytes();
+            let through = self.disk.config.write_through(self.ring.features());
+            self.write = if through { Op::WriteThrough } else { Op::Write };
+        }
     }
 
     /// Begins the request in `spare`.
@@ -266,6 +380,7 @@ impl Worker {
         slot.begin(op, offset, length, self.disk.store.geometry());
         self.active += 1;
         self.slow += u16::from(op.is_slow());
+        self.meter.taken(head);
         self.go_on(head);
     }
 
@@ -282,6 +397,7 @@ impl Worker {
         let more = slot.begin_erase(self.write == Op::WriteThrough, image);
         self.active += 1;
         self.slow += 1;
+        self.meter.taken(head);
         if more { self.go_on(head) } else { self.finish(head, Status::Ok) }
     }
 
@@ -306,6 +422,9 @@ impl Worker {
         }
         let mut any = false;
         while let Some((head, result)) = self.backend.completion() {
+            if !any {
+                self.meter.begin();
+            }
             any = true;
             if self.moved(head, result) {
                 self.go_on(head);
@@ -360,6 +479,7 @@ impl Worker {
         let payload = Some((slot.op(), slot.length()));
         self.active -= 1;
         self.slow -= u16::from(slot.op().is_slow());
+        self.meter.done(&self.ring, Kind::of(slot.op()), head, status);
         self.unpublished += answer(&mut self.ring, &slot.chain, status, payload, written);
         slot.active = false;
         if !self.ring.is_current(&slot.chain) {
@@ -372,6 +492,8 @@ impl Worker {
 
     /// Answers the request in `spare`.
     fn answer_spare(&mut self, status: Status, payload: Option<(Op, u32)>, written: u32) {
+        let kind = payload.map_or(Kind::Other, |(op, _)| Kind::of(op));
+        self.meter.done_at_once(&self.ring, kind, status);
         self.unpublished += 1;
         answer(&mut self.ring, &self.spare, status, payload, written);
         if self.unpublished >= STEP {
@@ -384,7 +506,10 @@ impl Worker {
         if self.unpublished > 0 {
             self.unpublished = 0;
             self.ring.publish();
-            self.ring.counters().batches.add(1);
+            // Without storage that would cost more than the requests.
+            if !self.null {
+                self.meter.settle(&self.ring);
+            }
         }
     }
 

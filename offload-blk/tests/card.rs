@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use common::{Card, DRIVER, Guest, PATIENCE, T_FLUSH, T_GET_ID, T_IN, T_OUT, image, pattern, spec};
 use offload_card::ring::FEATURES;
 use offload_card::testing::{Buffer, Front};
-use proto::v1::{BlockDeviceSpec, ErrorReason};
+use proto::v1::{BlockDeviceSpec, DeviceLimits, ErrorReason};
 use vhost::vhost_user::VhostUserFrontend;
 use vhost::vhost_user::message::VhostUserProtocolFeatures as Protocol;
 
@@ -334,7 +334,7 @@ fn bad_specifications_leave_nothing_behind() {
         (spec("d", BlockDeviceSpec { queue_size: 100, ..block(&good) }), ErrorReason::InvalidField),
         (spec("d", BlockDeviceSpec { queue_size: 65536, ..block(&good) }), ErrorReason::InvalidField),
         (spec("d", BlockDeviceSpec { serial: "x".repeat(21), ..block(&good) }), ErrorReason::InvalidField),
-        (proto::v1::DeviceSpec { id: "d".into(), kind: None }, ErrorReason::InvalidField),
+        (proto::v1::DeviceSpec { id: "d".into(), kind: None, limits: None }, ErrorReason::InvalidField),
     ];
     for (wanted, reason) in cases {
         for validate_only in [true, false] {
@@ -650,4 +650,82 @@ fn a_card_that_cannot_start_says_why() {
     fs::write(&file, "").unwrap();
     assert!(run(&other.path().join("c.sock"), &file, "info").contains(file.to_str().unwrap()));
     assert!(run(&other.path().join("c.sock"), other.path(), "=!").contains("log filter"));
+}
+
+/// They are kept, and hold for the next process; creating the device again with others sets them.
+#[test]
+fn limits_are_set_at_run_time_and_outlive_the_process() {
+    let dir = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+    let path = image(dir.path(), "disk.img", 8 << 20);
+    let mut card = Card::start(dir.path(), &[]);
+    let mut wanted = spec("d", BlockDeviceSpec { path, ..Default::default() });
+    let device = card.create(&wanted).unwrap();
+    let limited = DeviceLimits { operations_per_second: 20, operations_burst: 1, ..Default::default() };
+    let refused = card.set_limits("d", DeviceLimits { bytes_per_second: 1, ..limited }).unwrap_err();
+    assert_eq!(refused.fact("field"), Some("limits.bytes_per_second"));
+    assert_eq!(card.set_limits("none", limited).unwrap_err().reason(), ErrorReason::DeviceNotFound);
+    assert_eq!(card.set_limits("d", limited).unwrap().spec.unwrap().limits, Some(limited));
+    card.crash();
+    assert_eq!(card.list()[0].spec.as_ref().unwrap().limits, Some(limited));
+    let mut front = connect(&device);
+    let mut guest = Guest::new(1, 64, DRIVER);
+    guest.connect(&mut front);
+    let since = Instant::now();
+    for _ in 0..5 {
+        assert_eq!(guest.run(0, T_IN, 0, 4096), OK);
+    }
+    assert!(since.elapsed() >= Duration::from_millis(4 * 50), "{:?}", since.elapsed());
+    let stats = card.stats("d").unwrap().queues.remove(0);
+    assert!(stats.throttled > 0 && stats.throttled_ns > 0, "{stats:?}");
+    wanted.limits = None;
+    assert_eq!(card.create(&wanted).unwrap().spec.unwrap().limits, None);
+    let since = Instant::now();
+    for _ in 0..20 {
+        assert_eq!(guest.run(0, T_IN, 0, 4096), OK);
+    }
+    assert!(since.elapsed() < Duration::from_millis(19 * 50), "{:?}", since.elapsed());
+    card.crash();
+    assert_eq!(card.list()[0].spec.as_ref().unwrap().limits, None);
+    let refused = card.create(&spec("d", BlockDeviceSpec { path: "/other".into(), ..Default::default() }));
+    assert_eq!(refused.unwrap_err().reason(), ErrorReason::DeviceExists);
+}
+
+/// What Prometheus reads: over the Unix socket, and the loopback address if asked for.
+#[test]
+fn numbers_are_served_to_prometheus() {
+    use std::io::{Read, Write};
+    let ask = |mut stream: Box<dyn ReadWrite>| {
+        stream.write_all(b"GET /metrics HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n").unwrap();
+        let mut text = String::new();
+        stream.read_to_string(&mut text).unwrap();
+        text
+    };
+    trait ReadWrite: Read + Write {}
+    impl<T: Read + Write> ReadWrite for T {}
+    let dir = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+    // A port that is free now; nothing else on this host is likely to take it meanwhile.
+    let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+    let address = port.to_string();
+    let mut card = Card::start(dir.path(), &["--metrics-listen", &address]);
+    let path = image(dir.path(), "disk.img", 8 << 20);
+    let device = card.create(&spec("d", BlockDeviceSpec { path, queues: 2, ..Default::default() })).unwrap();
+    let mut front = connect(&device);
+    let mut guest = Guest::new(2, 64, DRIVER);
+    guest.connect(&mut front);
+    assert_eq!(guest.run(1, T_OUT, 0, 4096), OK);
+    let unix = || std::os::unix::net::UnixStream::connect(dir.path().join("metrics.sock")).unwrap();
+    let tcp = || std::net::TcpStream::connect(port).unwrap();
+    // An answer is counted when it has been shown to the driver.
+    let line = "outboard_blk_requests_total{device=\"d\",queue=\"1\",op=\"write\"} 1\n";
+    let since = Instant::now();
+    while !ask(Box::new(unix())).contains(line) {
+        assert!(since.elapsed() < PATIENCE, "{}", ask(Box::new(unix())));
+    }
+    assert!(ask(Box::new(tcp())).contains(line));
+    // A crash leaves the socket behind, which is in nobody's way.
+    card.crash();
+    card.identify();
+    assert!(ask(Box::new(unix())).contains("outboard_blk_devices{state=\"served\"} 1\n"));
+    assert!(card.terminate().success());
+    assert!(!dir.path().join("metrics.sock").exists());
 }

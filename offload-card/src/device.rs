@@ -7,8 +7,11 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
 use proto::error::Error;
+use proto::v1::ErrorReason;
 use thiserror::Error as ThisError;
+use tonic::Code;
 
+use crate::qos::Limits;
 use crate::ring::{Ring, RingState};
 
 /// What a device is, fixed from its creation to its end.
@@ -74,12 +77,28 @@ pub trait Device: Send + Sync {
     /// must not let a write land after the guest was told that the queue has stopped.
     fn stop_queue(&self, index: u16, deadline: Instant) -> Result<Option<RingState>, Busy>;
 
+    /// From now on the device does no more than `limits` allow ([`crate::qos`]), over all its queues; what waits for older
+    /// ones goes by these. Limits are kept by the caller. Called at any time, queues started or not, once before the first
+    /// start.
+    ///
+    /// # Errors
+    /// `Unsupported`: it cannot be limited.
+    fn set_limits(&self, limits: Limits) -> Result<(), Error> {
+        if limits.is_none() { Ok(()) } else { Err(not_limited()) }
+    }
+
     /// Back to the state after creation, as far as the driver can change it (a written configuration space).
     fn reset(&self);
 
     /// Ends threads and gives up what the device holds. Does not wait for requests still in flight: what they need
     /// stays until they are done.
     fn close(&self);
+}
+
+/// A device of a kind that has no limits was to have some.
+pub fn not_limited() -> Error {
+    Error::new(Code::Unimplemented, ErrorReason::Unsupported, "devices of this kind cannot be limited")
+        .remedy("leave the limits out")
 }
 
 /// An engine's way to tell the driver that the configuration space has changed (a disk grew, a link went down).

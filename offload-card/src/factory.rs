@@ -16,7 +16,9 @@ pub trait DeviceFactory: Send + Sync + 'static {
     /// device id has been checked already, that the rest of the specification is for this kind of card has not.
     fn validate(&self, spec: &DeviceSpec) -> Result<Identity, Error>;
 
-    /// Makes the device, or leaves nothing behind. Checks what `validate` checks, which has not been called before. The engine tells `notifier` when its configuration space changes.
+    /// Makes the device, or leaves nothing behind. Checks what `validate` checks, which has not been called before. The
+    /// engine tells `notifier` when its configuration space changes.
+    /// Limits are set by the caller ([`Device::set_limits`]).
     fn create(&self, spec: &DeviceSpec, notifier: ConfigNotifier) -> Result<Arc<dyn Device>, Error>;
 
     /// The device `id` has been deleted: what is kept of it beside its record goes.

@@ -6,6 +6,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
+use offload_card::device::not_limited;
 use offload_card::poll::PollPolicy;
 use offload_card::{ConfigNotifier, Device, DeviceFactory, Identity};
 use proto::error::{Error, ErrorReason};
@@ -181,6 +182,9 @@ impl Networks {
 impl DeviceFactory for Networks {
     fn validate(&self, spec: &DeviceSpec) -> Result<Identity, Error> {
         let net = net_spec(spec)?;
+        if spec.limits.is_some_and(|l| !l.is_none()) {
+            return Err(not_limited());
+        }
         let networks = self.lock();
         let entry = networks.get(&net.network).ok_or_else(|| not_found(&net.network))?;
         let settings = Settings::check(net, mtu_of(&entry.spec))?;
@@ -350,7 +354,7 @@ mod tests {
             mac: vec![2, 0, 0, 0, 0, last],
             ..Default::default()
         };
-        DeviceSpec { id: id.to_owned(), kind: Some(Kind::Net(net)) }
+        DeviceSpec { id: id.to_owned(), kind: Some(Kind::Net(net)), limits: None }
     }
 
     #[test]
@@ -452,6 +456,6 @@ mod tests {
         let networks = Networks::open(dir.path().join("networks"), PollPolicy::default()).unwrap();
         let e = networks.validate(&device("d", "nowhere", 1)).unwrap_err();
         assert_eq!(e.reason(), ErrorReason::NetworkNotFound);
-        assert!(networks.validate(&DeviceSpec { id: "d".to_owned(), kind: None }).is_err());
+        assert!(networks.validate(&DeviceSpec { id: "d".to_owned(), kind: None, limits: None }).is_err());
     }
 }

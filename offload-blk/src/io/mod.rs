@@ -6,6 +6,7 @@ mod waiter;
 
 use std::io;
 use std::sync::Arc;
+use std::time::Duration;
 
 use offload_card::event::Event;
 
@@ -139,11 +140,11 @@ impl Backend {
         }
     }
 
-    /// Begins what was held back, and waits until there is a completion, a kick or an order.
-    pub(crate) fn wait(&mut self) -> io::Result<()> {
+    /// Begins what was held back, and waits until there is a completion, a kick or an order, for at most `timeout`.
+    pub(crate) fn wait(&mut self, timeout: Option<Duration>) -> io::Result<()> {
         match self {
-            Self::Null(waiter) | Self::Calls(waiter, _) => waiter.wait(),
-            Self::Uring(uring) => uring.wait(),
+            Self::Null(waiter) | Self::Calls(waiter, _) => waiter.wait(timeout),
+            Self::Uring(uring) => uring.wait(timeout),
         }
     }
 
@@ -219,7 +220,7 @@ mod tests {
             }
         }
         while done < begun {
-            backend.wait().unwrap();
+            backend.wait(None).unwrap();
             while let Some((_, result)) = backend.completion() {
                 assert_eq!(result, 512);
                 done += 1;

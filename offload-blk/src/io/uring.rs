@@ -13,7 +13,7 @@ use std::os::fd::AsRawFd;
 use std::sync::Arc;
 use std::time::Duration;
 
-use io_uring::types::{Fd, Fixed, FsyncFlags};
+use io_uring::types::{Fd, Fixed, FsyncFlags, SubmitArgs, Timespec};
 use io_uring::{IoUring, cqueue, opcode, squeue};
 use tracing::warn;
 
@@ -186,28 +186,18 @@ impl Uring {
             return Ok(());
         }
         drop(queue);
-        self.enter(0)
+        entered(self.ring.submit())
     }
 
-    /// Hands over what was held back, and waits for whatever comes.
-    pub(super) fn wait(&mut self) -> io::Result<()> {
-        self.enter(1)
-    }
-
-    fn enter(&self, want: usize) -> io::Result<()> {
-        match self.ring.submit_and_wait(want) {
-            Ok(_) => Ok(()),
-            Err(e) => match e.raw_os_error() {
-                // Interrupted, or the kernel wants completions taken first.
-                Some(libc::EINTR | libc::EBUSY) => Ok(()),
-                // Nothing is lost: what was not taken stays in the submission queue.
-                Some(libc::EAGAIN | libc::ENOMEM) => {
-                    std::thread::sleep(PAUSE);
-                    Ok(())
-                }
-                _ => Err(e),
-            },
-        }
+    /// Hands over what was held back, and waits for whatever comes, for at most `timeout`.
+    pub(super) fn wait(&mut self, timeout: Option<Duration>) -> io::Result<()> {
+        entered(match timeout {
+            None => self.ring.submit_and_wait(1),
+            Some(timeout) => {
+                let timeout = Timespec::from(timeout);
+                self.ring.submitter().submit_with_args(1, &SubmitArgs::new().timespec(&timeout))
+            }
+        })
     }
 
     /// The next completion of a transfer.
@@ -228,7 +218,23 @@ impl Uring {
     }
 }
 
-/// A ring with room for `entries` transfers: what the kernel does not know yet is left out.
+/// What came of handing over and waiting.
+fn entered(result: io::Result<usize>) -> io::Result<()> {
+    let Err(e) = result else { return Ok(()) };
+    match e.raw_os_error() {
+        // Interrupted, time is up, or the kernel wants completions taken first.
+        Some(libc::EINTR | libc::ETIME | libc::EBUSY) => Ok(()),
+        // Nothing is lost: what was not taken stays in the submission queue.
+        Some(libc::EAGAIN | libc::ENOMEM) => {
+            std::thread::sleep(PAUSE);
+            Ok(())
+        }
+        _ => Err(e),
+    }
+}
+
+/// A ring with room for `entries` transfers: what the kernel does not know yet is left out, but that a wait has an end
+/// (Linux 5.11).
 fn build(entries: u32) -> io::Result<IoUring> {
     let newest = IoUring::builder()
         .setup_clamp()
@@ -236,10 +242,11 @@ fn build(entries: u32) -> io::Result<IoUring> {
         .setup_defer_taskrun()
         .setup_taskrun_flag()
         .build(entries);
-    match newest {
+    let built = match newest {
         Err(e) if e.raw_os_error() == Some(libc::EINVAL) => IoUring::builder().setup_clamp().build(entries),
         built => built,
-    }
+    }?;
+    if built.params().is_feature_ext_arg() { Ok(built) } else { Err(io::ErrorKind::Unsupported.into()) }
 }
 
 /// Length of a buffer; the kernel takes no more than this at a time, and the rest is asked for again.

@@ -1,6 +1,7 @@
 //! Waiting for kicks and orders, when nothing else can come.
 
 use std::io;
+use std::time::Duration;
 
 use offload_card::poll::Poller;
 
@@ -27,8 +28,9 @@ impl Waiter {
         Ok(Self { poller, kicks: 0, _wakers: wakers })
     }
 
-    pub(super) fn wait(&mut self) -> io::Result<()> {
-        self.kicks += self.poller.wait(None)?.filter(|token| *token == KICK).count() as u64;
+    /// For at most `timeout`.
+    pub(super) fn wait(&mut self, timeout: Option<Duration>) -> io::Result<()> {
+        self.kicks += self.poller.wait(timeout)?.filter(|token| *token == KICK).count() as u64;
         Ok(())
     }
 }

@@ -15,8 +15,9 @@ use proto::v1::card_client::CardClient;
 use proto::v1::device_spec::Kind;
 use proto::v1::storage_card_client::StorageCardClient;
 use proto::v1::{
-    BlockDeviceSpec, CardInfo, CreateDeviceRequest, DeleteDeviceRequest, Device, DeviceSpec, DeviceStats,
-    GetCardStatsRequest, IdentifyRequest, ImageInfo, InspectImageRequest, ListDevicesRequest,
+    BlockDeviceSpec, CardInfo, CreateDeviceRequest, DeleteDeviceRequest, Device, DeviceLimits, DeviceSpec,
+    DeviceStats, GetCardStatsRequest, IdentifyRequest, ImageInfo, InspectImageRequest, ListDevicesRequest,
+    SetLimitsRequest,
 };
 use tokio::net::UnixStream;
 use tonic::transport::{Channel, Endpoint, Uri};
@@ -128,6 +129,13 @@ impl Card {
         })
     }
 
+    pub fn set_limits(&self, id: &str, limits: DeviceLimits) -> Result<Device, Error> {
+        self.call(async |c| {
+            let request = SetLimitsRequest { id: id.into(), limits: Some(limits) };
+            Ok(CardClient::new(c).set_limits(request).await?.into_inner())
+        })
+    }
+
     pub fn delete(&self, id: &str) -> Result<(), Error> {
         self.call(async |c| {
             CardClient::new(c).delete_device(DeleteDeviceRequest { id: id.into() }).await?;
@@ -186,7 +194,7 @@ pub fn image(dir: &Path, name: &str, size: u64) -> String {
 }
 
 pub fn spec(id: &str, block: BlockDeviceSpec) -> DeviceSpec {
-    DeviceSpec { id: id.into(), kind: Some(Kind::Block(block)) }
+    DeviceSpec { id: id.into(), kind: Some(Kind::Block(block)), limits: None }
 }
 
 const RINGS: u64 = 0;

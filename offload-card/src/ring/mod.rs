@@ -31,7 +31,7 @@ use virtio_bindings::virtio_ring::{
 };
 
 pub use chain::{Chain, Segment};
-pub use counters::{Counter, QueueCounters};
+pub use counters::{Counter, Histogram, Operation, QueueCounters};
 pub use error::RingError;
 pub use inflight::{InflightArea, InflightError, InflightQueue};
 use layout::Layout;
@@ -472,6 +472,7 @@ impl Ring {
         if let Some(area) = &mut self.inflight {
             area.published(new.wrapping_sub(old), new);
         }
+        self.shared.counters.batch(new.wrapping_sub(old));
         self.published = new;
         self.shared.counters.in_flight.set(u64::from(self.in_flight));
         // The driver writes what it wants and then looks at the index; we write the index and then look.

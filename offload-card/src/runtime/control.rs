@@ -6,7 +6,8 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use proto::error::Error;
 use proto::v1::{
     CardInfo, CardStats, CreateDeviceRequest, DeleteDeviceRequest, DeleteDeviceResponse, Device, ErrorReason,
-    GetCardStatsRequest, IdentifyRequest, ListDevicesRequest, ListDevicesResponse, card_server,
+    GetCardStatsRequest, IdentifyRequest, ListDevicesRequest, ListDevicesResponse, SetLimitsRequest,
+    card_server,
 };
 use tonic::{Code, Request, Response, Status};
 
@@ -58,6 +59,11 @@ impl<F: DeviceFactory> card_server::Card for ControlService<F> {
         let spec =
             spec.ok_or_else(|| Error::invalid_field("spec", "the request has no device specification"))?;
         self.blocking(move |r| if validate_only { r.validate(&spec) } else { r.create(&spec) }).await
+    }
+
+    async fn set_limits(&self, request: Request<SetLimitsRequest>) -> Result<Response<Device>, Status> {
+        let SetLimitsRequest { id, limits } = request.into_inner();
+        self.blocking(move |r| r.set_limits(&id, limits)).await
     }
 
     async fn delete_device(

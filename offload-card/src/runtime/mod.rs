@@ -26,10 +26,12 @@
 //! [`DRAIN_TIMEOUT`]), and the process exits with 0; records stay, so the next process has the same devices.
 
 mod control;
+mod metrics;
 mod records;
 mod registry;
 
 use std::io;
+use std::net::{SocketAddr, TcpListener};
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
@@ -57,6 +59,9 @@ use registry::Registry;
 /// is done again by the next process.
 pub const DRAIN_TIMEOUT: Duration = Duration::from_secs(5);
 
+/// Where Prometheus finds the card's numbers, in its runtime directory.
+pub const METRICS_SOCKET: &str = "metrics.sock";
+
 /// How long readiness waits for devices to be made again. A storage that does not answer must not keep the others' guests
 /// waiting; its own device is tried on.
 pub const RESTORE_TIMEOUT: Duration = Duration::from_secs(3);
@@ -70,6 +75,9 @@ pub struct CardArgs {
     /// Directory for device sockets and for the records from which devices are made again after a crash.
     #[arg(long, value_name = "DIR")]
     pub runtime_dir: PathBuf,
+    /// Serve Prometheus metrics on this loopback address, beside the socket metrics.sock in the runtime directory.
+    #[arg(long, value_name = "ADDRESS:PORT", value_parser = metrics::loopback)]
+    pub metrics_listen: Option<SocketAddr>,
     /// What to log: error, warn, info, debug, trace, or a filter as of tracing-subscriber.
     #[arg(long, value_name = "FILTER", env = "OUTBOARD_LOG", default_value = "info")]
     pub log: String,
@@ -133,6 +141,8 @@ fn serve<F: DeviceFactory>(
     registry.restore(Instant::now() + RESTORE_TIMEOUT);
     let (listener, bound) = control_listener(&args.control)?;
     listener.set_nonblocking(true).map_err(|e| host("cannot set up the control socket", e))?;
+    let metrics_socket = args.runtime_dir.join(METRICS_SOCKET);
+    let (metrics_unix, metrics_tcp) = metrics_listeners(&metrics_socket, args.metrics_listen)?;
 
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
@@ -141,6 +151,16 @@ fn serve<F: DeviceFactory>(
     let served = runtime.block_on(async {
         let mut terminate = signal(SignalKind::terminate())?;
         let mut interrupt = signal(SignalKind::interrupt())?;
+        let scraped = registry.clone();
+        let prefix = format!("outboard_{}", kind.trim_start_matches("offload-"));
+        metrics::serve(
+            tokio::net::UnixListener::from_std(metrics_unix)?,
+            metrics_tcp.map(tokio::net::TcpListener::from_std).transpose()?,
+            Arc::new(move || {
+                let (stats, lost) = scraped.numbers();
+                crate::metrics::encode(&prefix, version, &stats, lost)
+            }),
+        );
         let service = ControlService::new(kind, version, registry.clone());
         routes.add_service(proto::v1::card_server::CardServer::new(service));
         let incoming = UnixListenerStream::new(tokio::net::UnixListener::from_std(listener)?);
@@ -164,6 +184,7 @@ fn serve<F: DeviceFactory>(
     if bound {
         let _ = std::fs::remove_file(&args.control);
     }
+    let _ = std::fs::remove_file(&metrics_socket);
     registry.stop_all(Instant::now() + DRAIN_TIMEOUT);
     served.map_err(|e| host("the control service failed", e))
 }
@@ -187,6 +208,25 @@ fn control_listener(path: &Path) -> Result<(UnixListener, bool), Error> {
     }
     let listener = bind(path).map_err(failed)?;
     Ok((listener, true))
+}
+
+/// Where metrics are served.
+fn metrics_listeners(
+    socket: &Path,
+    address: Option<SocketAddr>,
+) -> Result<(UnixListener, Option<TcpListener>), Error> {
+    let failed = |place: String| {
+        move |e: io::Error| {
+            host_error(&format!("cannot serve metrics on {place}"), &e)
+                .resource(place.clone())
+                .remedy("check that nothing else is there, and that the card may listen there")
+        }
+    };
+    let unix = bind(socket).and_then(|l| l.set_nonblocking(true).map(|()| l));
+    let unix = unix.map_err(failed(socket.display().to_string()))?;
+    let Some(address) = address else { return Ok((unix, None)) };
+    let tcp = TcpListener::bind(address).and_then(|l| l.set_nonblocking(true).map(|()| l));
+    Ok((unix, Some(tcp.map_err(failed(address.to_string()))?)))
 }
 
 /// Listens at `path`, on which a dead predecessor may have left its socket, with mode 0660.

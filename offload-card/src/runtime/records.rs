@@ -134,7 +134,7 @@ mod tests {
     #[test]
     fn records_survive_and_rubbish_is_left_out() {
         let dir = tempfile::tempdir().unwrap();
-        let spec = |id: &str| DeviceSpec { id: id.into(), kind: None };
+        let spec = |id: &str| DeviceSpec { id: id.into(), kind: None, limits: None };
         write(dir.path(), &spec("b")).unwrap();
         write(dir.path(), &spec("a")).unwrap();
         write(dir.path(), &spec("a")).unwrap();
@@ -151,7 +151,7 @@ mod tests {
     #[test]
     fn a_record_that_cannot_be_written_is_an_error_that_names_it() {
         let dir = tempfile::tempdir().unwrap();
-        let spec = DeviceSpec { id: "x".into(), kind: None };
+        let spec = DeviceSpec { id: "x".into(), kind: None, limits: None };
         let e = write(&dir.path().join("none"), &spec).unwrap_err();
         assert!(e.message().contains("x.pb"), "{e}");
     }

@@ -8,13 +8,14 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use proto::error::Error;
-use proto::v1::{self, DeviceSpec, DeviceStats, ErrorReason};
+use proto::v1::{self, DeviceLimits, DeviceSpec, DeviceStats, ErrorReason};
 use tonic::Code;
 use tracing::{info, warn};
 
 use super::{bind, host_error, records};
 use crate::device::{ConfigNotifier, Device, Identity};
 use crate::factory::DeviceFactory;
+use crate::qos::Limits;
 use crate::server::DeviceServer;
 
 /// How long a delete waits for what is in flight. After that the device is gone for everybody, and what it holds is given
@@ -61,7 +62,11 @@ struct Lost {
 }
 
 struct Live {
-    spec: DeviceSpec,
+    id: String,
+    spec: Mutex<DeviceSpec>,
+    /// Held while its limits are set, and by its end.
+    changing: Mutex<()>,
+    device: Arc<dyn Device>,
     identity: Identity,
     socket: PathBuf,
     server: DeviceServer,
@@ -205,9 +210,23 @@ impl<F: DeviceFactory> Registry<F> {
     ) -> Result<Live, Error> {
         let identity = device.identity().clone();
         let socket = self.socket(&spec.id);
+        // Before anybody can use it.
+        let limited = Limits::new(spec.limits.as_ref()).and_then(|limits| device.set_limits(limits));
+        if let Err(e) = limited {
+            device.close();
+            return Err(e);
+        }
         let started = bind(&socket).and_then(|l| DeviceServer::start(&spec.id, device.clone(), l, notifier));
         match started {
-            Ok(server) => Ok(Live { spec: spec.clone(), identity, socket, server }),
+            Ok(server) => Ok(Live {
+                id: spec.id.clone(),
+                spec: Mutex::new(spec.clone()),
+                changing: Mutex::default(),
+                device: device.clone(),
+                identity,
+                socket,
+                server,
+            }),
             Err(e) => {
                 device.close();
                 let _ = std::fs::remove_file(&socket);
@@ -221,34 +240,41 @@ impl<F: DeviceFactory> Registry<F> {
     /// Checks a specification without changing anything.
     pub(super) fn validate(&self, spec: &DeviceSpec) -> Result<v1::Device, Error> {
         check_id(&spec.id)?;
+        Limits::new(spec.limits.as_ref())?;
         match self.places().get(&spec.id) {
             None | Some(Place::Lost(_)) => {}
             Some(Place::Busy) => return Err(busy(&spec.id)),
-            Some(Place::Live(live)) if live.spec == *spec => return Ok(live.describe()),
+            Some(Place::Live(live)) if same(&live.spec(), spec) => return Ok(live.describe()),
             Some(Place::Live(_)) => return Err(exists(&spec.id)),
         }
         let identity = self.factory.validate(spec)?;
         Ok(describe(spec, &identity, self.socket(&spec.id).display().to_string()))
     }
 
-    /// Makes a device, unless it is there. One that is lost is tried once more, and stays lost if that fails.
+    /// Makes a device, unless it is there; then sets its limits. One that is lost is tried once more, and stays lost if that
+    /// fails.
     pub(super) fn create(&self, spec: &DeviceSpec) -> Result<v1::Device, Error> {
         check_id(&spec.id)?;
+        Limits::new(spec.limits.as_ref())?;
         let was_lost = {
             let mut places = self.places();
             let was_lost = match places.get(&spec.id) {
                 None => false,
                 Some(Place::Busy | Place::Lost(Lost { attempt: Some(_), .. })) => return Err(busy(&spec.id)),
-                Some(Place::Live(live)) if live.spec == *spec => return Ok(live.describe()),
+                Some(Place::Live(live)) if same(&live.spec(), spec) => {
+                    let live = live.clone();
+                    drop(places);
+                    return self.limit(&live, spec.limits);
+                }
                 // Perhaps what was missing is there now.
-                Some(Place::Lost(lost)) if lost.spec == *spec => true,
+                Some(Place::Lost(lost)) if same(&lost.spec, spec) => true,
                 Some(Place::Live(_) | Place::Lost(_)) => return Err(exists(&spec.id)),
             };
             places.insert(spec.id.clone(), Place::Busy);
             was_lost
         };
         // The record comes first: from the moment anybody can know of the device, a crash does not lose it.
-        let recorded = if was_lost { Ok(()) } else { records::write(&self.directory, spec) };
+        let recorded = records::write(&self.directory, spec);
         let made = recorded.and_then(|()| {
             self.make(spec).inspect_err(|_| {
                 if !was_lost && let Err(e) = records::remove(&self.directory, &spec.id) {
@@ -276,6 +302,57 @@ impl<F: DeviceFactory> Registry<F> {
         }
     }
 
+    /// Sets what a device may do; one that is lost has it when it is back.
+    pub(super) fn set_limits(&self, id: &str, limits: Option<DeviceLimits>) -> Result<v1::Device, Error> {
+        Limits::new(limits.as_ref())?;
+        let mut lost = {
+            let mut places = self.places();
+            match places.get_mut(id) {
+                None => return Err(not_found(id)),
+                Some(Place::Live(live)) => {
+                    let live = live.clone();
+                    drop(places);
+                    return self.limit(&live, limits);
+                }
+                Some(Place::Busy | Place::Lost(Lost { attempt: Some(_), .. })) => return Err(busy(id)),
+                Some(place @ Place::Lost(_)) => match std::mem::replace(place, Place::Busy) {
+                    Place::Lost(lost) => lost,
+                    Place::Busy | Place::Live(_) => return Err(busy(id)),
+                },
+            }
+        };
+        let spec = DeviceSpec { limits, ..lost.spec.clone() };
+        let written = records::write(&self.directory, &spec);
+        if written.is_ok() {
+            lost.spec = spec;
+        }
+        let device = describe_lost(&lost);
+        self.places().insert(id.to_owned(), Place::Lost(lost));
+        written.map(|()| device)
+    }
+
+    /// Sets what a device may do. The record comes first, as in `create`.
+    fn limit(&self, live: &Arc<Live>, limits: Option<DeviceLimits>) -> Result<v1::Device, Error> {
+        let _changing = live.changing.lock().unwrap_or_else(PoisonError::into_inner);
+        let there = matches!(self.places().get(&live.id), Some(Place::Live(now)) if Arc::ptr_eq(now, live));
+        if !there {
+            return Err(not_found(&live.id));
+        }
+        let before = live.spec().clone();
+        let spec = DeviceSpec { limits, ..before.clone() };
+        if spec != before {
+            let checked = Limits::new(limits.as_ref())?;
+            records::write(&self.directory, &spec)?;
+            if let Err(e) = live.device.set_limits(checked) {
+                records::write(&self.directory, &before)?;
+                return Err(e);
+            }
+            *live.spec() = spec;
+            info!("device {} has other limits", live.id);
+        }
+        Ok(live.describe())
+    }
+
     /// Removes a device.
     pub(super) fn delete(&self, id: &str) -> Result<(), Error> {
         let live = {
@@ -289,6 +366,8 @@ impl<F: DeviceFactory> Registry<F> {
             places.insert(id.to_owned(), Place::Busy);
             live
         };
+        // Whoever sets its limits is done before its record goes, or finds it busy.
+        let _changing = live.as_ref().map(|l| l.changing.lock().unwrap_or_else(PoisonError::into_inner));
         if let Some(live) = &live {
             let _ = std::fs::remove_file(&live.socket);
             if !live.server.stop(Instant::now() + DELETE_TIMEOUT) {
@@ -311,9 +390,7 @@ impl<F: DeviceFactory> Registry<F> {
             .filter_map(|place| match place {
                 Place::Busy => None,
                 Place::Live(live) => Some(live.describe()),
-                Place::Lost(Lost { spec, why, .. }) => {
-                    Some(v1::Device { spec: Some(spec.clone()), broken: why.clone(), ..Default::default() })
-                }
+                Place::Lost(lost) => Some(describe_lost(lost)),
             })
             .collect()
     }
@@ -322,7 +399,7 @@ impl<F: DeviceFactory> Registry<F> {
     pub(super) fn stats(&self, id: &str) -> Result<Vec<DeviceStats>, Error> {
         let places = self.places();
         let live = |place: &Place| match place {
-            Place::Live(live) => Some(live.server.stats(&live.spec.id)),
+            Place::Live(live) => Some(live.server.stats(&live.id)),
             Place::Busy | Place::Lost(_) => None,
         };
         if id.is_empty() {
@@ -330,6 +407,21 @@ impl<F: DeviceFactory> Registry<F> {
         }
         let place = places.get(id).ok_or_else(|| not_found(id))?;
         Ok(live(place).into_iter().collect())
+    }
+
+    /// Counters of all devices that are served, and how many are not.
+    pub(super) fn numbers(&self) -> (Vec<DeviceStats>, usize) {
+        let places = self.places();
+        let mut stats = Vec::with_capacity(places.len());
+        let mut lost = 0;
+        for place in places.values() {
+            match place {
+                Place::Live(live) => stats.push(live.server.stats(&live.id)),
+                Place::Lost(_) => lost += 1,
+                Place::Busy => {}
+            }
+        }
+        (stats, lost)
     }
 
     /// Stops all devices, at the same time, by `deadline`. Records stay.
@@ -347,10 +439,7 @@ impl<F: DeviceFactory> Registry<F> {
         }
         for device in &live {
             if !device.server.stop(deadline) {
-                warn!(
-                    "device {} still has requests in flight; the next start does them again",
-                    device.spec.id
-                );
+                warn!("device {} still has requests in flight; the next start does them again", device.id);
             }
             let _ = std::fs::remove_file(&device.socket);
         }
@@ -358,12 +447,25 @@ impl<F: DeviceFactory> Registry<F> {
 }
 
 impl Live {
+    fn spec(&self) -> MutexGuard<'_, DeviceSpec> {
+        self.spec.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     fn describe(&self) -> v1::Device {
-        let mut device = describe(&self.spec, &self.identity, self.socket.display().to_string());
+        let mut device = describe(&self.spec(), &self.identity, self.socket.display().to_string());
         device.connected = self.server.connected();
         device.broken = self.server.broken().unwrap_or_default();
         device
     }
+}
+
+/// They differ in their limits at most, which can be changed.
+fn same(a: &DeviceSpec, b: &DeviceSpec) -> bool {
+    a.id == b.id && a.kind == b.kind
+}
+
+fn describe_lost(lost: &Lost) -> v1::Device {
+    v1::Device { spec: Some(lost.spec.clone()), broken: lost.why.clone(), ..Default::default() }
 }
 
 fn describe(spec: &DeviceSpec, identity: &Identity, socket_path: String) -> v1::Device {

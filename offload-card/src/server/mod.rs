@@ -23,7 +23,7 @@ use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use proto::v1::{DeviceStats, QueueStats};
+use proto::v1::DeviceStats;
 use tracing::{info, info_span, warn};
 
 use crate::device::{ConfigNotifier, Device};
@@ -108,24 +108,7 @@ impl DeviceServer {
 
     /// Counters of the device under the name `id`.
     pub fn stats(&self, id: &str) -> DeviceStats {
-        let queues = (0..).zip(&self.0.queues).map(|(index, queue)| {
-            let c = &queue.counters;
-            QueueStats {
-                index,
-                requests: c.requests.get(),
-                bytes_in: c.bytes_in.get(),
-                bytes_out: c.bytes_out.get(),
-                errors: c.errors.get(),
-                dropped: c.dropped.get(),
-                kicks: c.kicks.get(),
-                calls: c.calls.get(),
-                in_flight: c.in_flight.get(),
-                resubmitted: c.resubmitted.get(),
-                batches: c.batches.get(),
-                poll_hits: c.poll_hits.get(),
-                sleeps: c.sleeps.get(),
-            }
-        });
+        let queues = (0..).zip(&self.0.queues).map(|(index, queue)| queue.counters.message(index));
         DeviceStats {
             id: id.into(),
             connections: self.0.connections.load(Ordering::Relaxed),

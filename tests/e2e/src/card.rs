@@ -94,7 +94,11 @@ impl Card {
 
     /// Makes a virtio-blk device.
     pub fn create_block(&self, id: &str, spec: BlockDeviceSpec) -> Result<Device, Status> {
-        self.create(DeviceSpec { id: id.to_owned(), kind: Some(device_spec::Kind::Block(spec)) })
+        self.create(DeviceSpec {
+            id: id.to_owned(),
+            kind: Some(device_spec::Kind::Block(spec)),
+            limits: None,
+        })
     }
 
     /// A virtio-blk device on `image`.
@@ -136,7 +140,7 @@ impl Card {
     pub fn try_nic(&self, id: &str, network: &str, n: u8) -> Result<Device, Status> {
         let spec = NetDeviceSpec { network: network.to_owned(), mac: mac(n).to_vec(), ..Default::default() };
         let kind = Some(device_spec::Kind::Net(spec));
-        self.create(DeviceSpec { id: id.to_owned(), kind })
+        self.create(DeviceSpec { id: id.to_owned(), kind, limits: None })
     }
 
     /// Removes a device; returns when nothing of it is left.

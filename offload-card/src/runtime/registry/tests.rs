@@ -76,7 +76,7 @@ impl DeviceFactory for Storages {
 }
 
 fn spec(id: &str) -> DeviceSpec {
-    DeviceSpec { id: id.into(), kind: None }
+    DeviceSpec { id: id.into(), kind: None, limits: None }
 }
 
 struct Setup {
