@@ -3,16 +3,17 @@
 //! Crate `vhost` decodes and answers messages. What it would end the connection for though the protocol does not ask
 //! for that, and what it keeps to itself, is taken out of the stream before: see [`Connection::serve_one`].
 
-use std::io::{self, Read, Write};
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::io::{self, IoSliceMut, Read, Write};
+use std::mem::MaybeUninit;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use nix::sys::socket::{MsgFlags, recv};
+use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags};
 use tracing::warn;
 use vhost::vhost_user::message::VhostUserProtocolFeatures;
 use vhost::vhost_user::{BackendReqHandler, Error, VhostUserBackendReqHandlerMut};
-use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
 use super::handler::Handler;
 use crate::limit::LogLimit;
@@ -127,15 +128,15 @@ impl Connection {
 
     /// SET_BACKEND_REQ_FD: crate `vhost` would wrap the channel in a type that cannot send CONFIG_CHANGE.
     fn set_backend_channel(&mut self, header: &Header) -> Result<(), End> {
-        let mut bytes = [0; HEADER_BYTES];
-        let (read, file) = self.stream.recv_with_fd(&mut bytes).map_err(|e| Some(broken(e.into())))?;
+        let (read, mut fds) = receive_with_fds(&self.stream, &mut [0; HEADER_BYTES])
+            .map_err(|e| Some(broken(io::Error::from(e))))?;
         if read != HEADER_BYTES {
             return Err(Some(Error::PartialMessage));
         }
         self.skip_payload(header)?;
-        let set = match file {
-            Some(file) => self.handler().set_backend_channel(file.into()),
-            None => Err(io::Error::new(io::ErrorKind::InvalidInput, "no file descriptor came with it")),
+        let set = match (fds.pop(), fds.len()) {
+            (Some(fd), 0) => self.handler().set_backend_channel(fd),
+            _ => Err(io::Error::new(io::ErrorKind::InvalidInput, "not one file descriptor came with it")),
         };
         if let Err(e) = &set {
             self.log.say(|left_out| warn!("the back-end channel cannot be used: {e}{left_out}"));
@@ -209,6 +210,23 @@ impl Connection {
     }
 }
 
+/// Receives up to `bytes.len()` bytes and the file descriptors that came with them; the kernel closes those for which
+/// there is no room. (`recv_with_fd` of crate `vmm-sys-util` loses the second of two: whoever sends them again and again
+/// would use up our table.)
+fn receive_with_fds(stream: &UnixStream, bytes: &mut [u8]) -> rustix::io::Result<(usize, Vec<OwnedFd>)> {
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+    let mut control = RecvAncillaryBuffer::new(&mut space);
+    let parts = &mut [IoSliceMut::new(bytes)];
+    let received = rustix::net::recvmsg(stream, parts, &mut control, RecvFlags::CMSG_CLOEXEC)?;
+    let mut fds = Vec::new();
+    for message in control.drain() {
+        if let RecvAncillaryMessage::ScmRights(files) = message {
+            fds.extend(files);
+        }
+    }
+    Ok((received.bytes, fds))
+}
+
 /// The sender of this request waits for an answer in any case, and a failed one has none.
 fn answers(request: u32) -> bool {
     // GET_VRING_BASE, GET_INFLIGHT_FD.
@@ -217,4 +235,27 @@ fn answers(request: u32) -> bool {
 
 fn broken(e: io::Error) -> Error {
     Error::SocketBroken(e)
+}
+
+#[cfg(test)]
+mod tests {
+    use vmm_sys_util::sock_ctrl_msg::ScmSocket;
+
+    use super::*;
+
+    #[test]
+    fn file_descriptors_too_many_are_closed() {
+        for count in [0, 1, 2, 3, 32] {
+            let (ours, theirs) = UnixStream::pair().unwrap();
+            let (mut reader, writer) = io::pipe().unwrap();
+            let writer = OwnedFd::from(writer);
+            theirs.send_with_fds(&[&[1u8, 2, 3][..]], &vec![writer.as_raw_fd(); count]).unwrap();
+            drop(writer);
+            let (read, fds) = receive_with_fds(&ours, &mut [0; HEADER_BYTES]).unwrap();
+            assert_eq!((read, fds.is_empty(), fds.len() > count), (3, count == 0, false));
+            drop(fds);
+            // Nobody can write any more: else this waits for ever.
+            assert_eq!(reader.read(&mut [0]).unwrap(), 0);
+        }
+    }
 }

@@ -144,7 +144,7 @@ impl Cards {
                 Ok(Placed {
                     slot: slot.to_owned(),
                     card: Arc::clone(self.get(card)?),
-                    spec: DeviceSpec { id: device_id(vm, slot), kind: Some(kind) },
+                    spec: DeviceSpec { id: device_id(vm, slot), kind: Some(kind), limits: None },
                 })
             })
             .collect()

@@ -1,0 +1,12 @@
+//! What the fuzz targets share: reading an input as choices, a guest whose memory is small enough for random addresses to
+//! mean something, and the files a front-end may pass.
+
+pub mod front;
+pub mod guest;
+pub mod input;
+pub mod memfd;
+
+use std::time::Duration;
+
+/// How long what must not hang may take, on a busy machine.
+pub const PATIENCE: Duration = Duration::from_secs(10);
