@@ -162,7 +162,7 @@ impl QueueHost for Slowed {
                 match queue.turn() {
                     Progress::Ended => return,
                     Progress::Worked => while began.elapsed() < delay {},
-                    Progress::Waiting | Progress::Idle => {}
+                    Progress::Waiting | Progress::Throttled | Progress::Idle => {}
                 }
             }
         });
