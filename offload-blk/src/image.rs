@@ -64,13 +64,28 @@ impl Image {
     /// Opens and locks `path`: one writer, or any number of readers.
     pub fn open(path: &str, read_only: bool, direct: bool) -> Result<Self, Error> {
         let image = Self::open_unlocked(path, read_only, direct)?;
+        check_size(path, &image.geometry)?;
         image.lock(path)?;
         Ok(image)
     }
 
-    /// Looks at `path` without locking it.
+    /// As [`Image::open`], for a file that has a disk in it, and any size of its own.
+    pub(crate) fn open_container(path: &str, read_only: bool, direct: bool) -> Result<Self, Error> {
+        let image = Self::open_unlocked(path, read_only, direct)?;
+        image.lock(path)?;
+        Ok(image)
+    }
+
+    /// Looks at `path` without locking it, as at a raw image.
     pub fn inspect(path: &str) -> Result<Geometry, Error> {
-        Ok(Self::open_unlocked(path, true, false)?.geometry)
+        let geometry = Self::peek(path)?.geometry;
+        check_size(path, &geometry)?;
+        Ok(geometry)
+    }
+
+    /// Opens `path` without locking it, to look at it.
+    pub(crate) fn peek(path: &str) -> Result<Self, Error> {
+        Self::open_unlocked(path, true, false)
     }
 
     fn open_unlocked(path: &str, read_only: bool, direct: bool) -> Result<Self, Error> {
@@ -138,6 +153,16 @@ impl Image {
         })
     }
 
+    /// What it was opened as.
+    pub(crate) fn path(&self) -> &str {
+        &self.path
+    }
+
+    /// Length of the file now, in bytes.
+    pub(crate) fn length(&self) -> io::Result<u64> {
+        length(&self.file)
+    }
+
     /// The open file.
     pub fn file(&self) -> &File {
         &self.file
@@ -170,17 +195,7 @@ impl Image {
         let block = u64::from(self.geometry.logical_block);
         // A file may have been made longer by hand, and not yet be whole.
         let to = if to == 0 { now - now % block } else { to };
-        if to < from {
-            let message =
-                format!("disk image {path} is {from} bytes long for its guest, and {to} bytes are less");
-            return Err(Error::invalid_field("size_bytes", message)
-                .resource(path)
-                .remedy("a disk only grows; copy what you need to a smaller one"));
-        }
-        if !to.is_multiple_of(block) || to > MAX_BYTES {
-            let message = format!("{to} bytes are not a multiple of {block} up to {MAX_BYTES}");
-            return Err(Error::invalid_field("size_bytes", message).resource(path));
-        }
+        self.check_resize(from, to, MAX_BYTES)?;
         if to > now {
             if self.geometry.block_device {
                 let message = format!("block device {path} is {now} bytes long, which is less than {to}");
@@ -194,6 +209,23 @@ impl Image {
             self.file.set_len(to).map_err(|e| host("make longer", path, &e))?;
         }
         Ok(to)
+    }
+
+    /// A disk of `from` bytes on it can become `to` bytes long, of `max`.
+    pub(crate) fn check_resize(&self, from: u64, to: u64, max: u64) -> Result<(), Error> {
+        let (path, block) = (&self.path, u64::from(self.geometry.logical_block));
+        if to < from {
+            let message =
+                format!("disk image {path} is {from} bytes long for its guest, and {to} bytes are less");
+            return Err(Error::invalid_field("size_bytes", message)
+                .resource(path)
+                .remedy("a disk only grows; copy what you need to a smaller one"));
+        }
+        if !to.is_multiple_of(block) || to > max {
+            let message = format!("{to} bytes are not a multiple of {block} up to {max}");
+            return Err(Error::invalid_field("size_bytes", message).resource(path));
+        }
+        Ok(())
     }
 
     /// Space can be given back (fallocate's PUNCH_HOLE).
@@ -259,6 +291,12 @@ fn geometry(path: &str, file: &File, direct: bool) -> Result<Geometry, Error> {
     if !physical_block.is_power_of_two() || physical_block < logical_block {
         physical_block = logical_block;
     }
+    Ok(Geometry { size_bytes, logical_block, physical_block, block_device, memory_alignment })
+}
+
+/// Whether a disk of this size can be served.
+pub(crate) fn check_size(path: &str, geometry: &Geometry) -> Result<(), Error> {
+    let Geometry { size_bytes, logical_block, .. } = *geometry;
     if size_bytes == 0 {
         return Err(invalid(path, "empty").remedy(format!("give it a size: truncate -s 10G {path}")));
     }
@@ -274,7 +312,7 @@ fn geometry(path: &str, file: &File, direct: bool) -> Result<Geometry, Error> {
             format!("extend it with zeros (truncate -s %{logical_block} {path}), or do without direct");
         return Err(invalid(path, &what).remedy(remedy));
     }
-    Ok(Geometry { size_bytes, logical_block, physical_block, block_device, memory_alignment })
+    Ok(())
 }
 
 /// The few calls that std and nix have not.

@@ -1,4 +1,4 @@
-//! The storage card: virtio-blk devices on raw image files and block devices.
+//! The storage card: virtio-blk devices on raw and qcow2 image files and on block devices.
 //!
 //! [`BlockDevice`] is the engine. It knows rings and images, nothing of vhost-user or gRPC, and runs inside the card or
 //! inside a VMM alike. A started queue is a [`BlockQueue`] that owns the ring, its requests and its way of doing I/O; a
@@ -21,6 +21,7 @@ mod erase;
 mod image;
 mod io;
 mod mode;
+mod qcow2;
 mod queue;
 mod request;
 mod service;
@@ -34,5 +35,5 @@ pub use mode::ModeFile;
 pub use queue::{BlockQueue, Inline, Progress, QueueHost, QueueStart, Threads};
 pub use request::{HEADER_BYTES, ID_BYTES, Limits, NoStatus, Request, Status, parse};
 pub use service::{StorageCard, StorageService};
-pub use store::{NullStore, Store};
+pub use store::{NullStore, Qcow2Store, Store};
 pub use worker::IoEngine;

@@ -1,6 +1,7 @@
 //! `offload-blk`: the storage card.
 
 use std::process::ExitCode;
+use std::sync::Arc;
 
 use clap::Parser;
 use offload_blk::{IoEngine, StorageCard, StorageService};
@@ -31,8 +32,9 @@ struct Args {
 fn main() -> ExitCode {
     let args = Args::parse();
     runtime::run("offload-blk", env!("CARGO_PKG_VERSION"), &args.card, |runtime_dir| {
+        let factory = Arc::new(StorageCard::new(args.io, args.poll.policy(), runtime_dir)?);
         let mut routes = RoutesBuilder::default();
-        routes.add_service(StorageCardServer::new(StorageService));
-        Ok(Parts { factory: StorageCard::new(args.io, args.poll.policy(), runtime_dir)?, routes })
+        routes.add_service(StorageCardServer::new(StorageService(factory.clone())));
+        Ok(Parts { factory, routes })
     })
 }

@@ -1,7 +1,8 @@
 //! The storage card: which disks can be made, and the `StorageCard` service.
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
 
 use offload_card::poll::{PollMode, PollPolicy};
@@ -9,14 +10,16 @@ use offload_card::{ConfigNotifier, Device, DeviceFactory, Identity};
 use proto::error::Error;
 use proto::v1::device_spec::Kind;
 use proto::v1::{
-    self, BlockDeviceSpec, DeviceSpec, ErrorReason, ImageInfo, InspectImageRequest, storage_card_server,
+    self, BlockDeviceSpec, DeviceSpec, ErrorReason, ImageFormat, ImageInfo, InspectImageRequest,
+    ResizeDeviceRequest, ResizeDeviceResponse, storage_card_server,
 };
 use tonic::{Code, Request, Response, Status};
-use tracing::warn;
+use tracing::{info, warn};
 
 use crate::device::{BlockDevice, DiskConfig};
 use crate::image::Image;
 use crate::mode::ModeFile;
+use crate::qcow2;
 use crate::queue::Threads;
 use crate::request::ID_BYTES;
 use crate::store::Store;
@@ -33,6 +36,8 @@ pub struct StorageCard {
     poll: PollPolicy,
     /// Where cache modes are kept.
     modes: PathBuf,
+    /// Those made and not yet gone, by id.
+    disks: Mutex<BTreeMap<String, (Weak<BlockDevice>, ConfigNotifier)>>,
 }
 
 impl StorageCard {
@@ -49,7 +54,29 @@ impl StorageCard {
                 .resource(modes.display().to_string())
                 .remedy("check the runtime directory and its permissions")
         })?;
-        Ok(Self { engine, poll, modes })
+        Ok(Self { engine, poll, modes, disks: Mutex::default() })
+    }
+
+    fn disks(&self) -> MutexGuard<'_, BTreeMap<String, (Weak<BlockDevice>, ConfigNotifier)>> {
+        self.disks.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Makes disk `id` longer and tells its guest; its size then. See [`BlockDevice::resize`].
+    fn resize(&self, id: &str, size_bytes: u64) -> Result<u64, Error> {
+        let found =
+            self.disks().get(id).and_then(|(disk, notifier)| Some((disk.upgrade()?, notifier.clone())));
+        let Some((disk, notifier)) = found else {
+            let message = format!("there is no device {id:?} on this card");
+            return Err(Error::new(Code::NotFound, ErrorReason::DeviceNotFound, message)
+                .resource(id)
+                .remedy("list the card's devices for what there is"));
+        };
+        let before = disk.size_bytes();
+        if disk.resize(size_bytes)? {
+            info!("disk {id} has grown from {before} to {} bytes", disk.size_bytes());
+            notifier.config_changed();
+        }
+        Ok(disk.size_bytes())
     }
 
     fn mode_file(&self, id: &str) -> ModeFile {
@@ -112,11 +139,18 @@ impl StorageCard {
 
 fn store(block: &BlockDeviceSpec) -> Result<Store, Error> {
     let BlockDeviceSpec { path, read_only, direct, null_bytes, .. } = block;
+    let format = ImageFormat::try_from(block.format)
+        .map_err(|_| Error::invalid_field("format", format!("there is no image format {}", block.format)))?;
     if *null_bytes == 0 {
-        return Ok(Store::Image(Arc::new(Image::open(path, *read_only, *direct)?)));
+        return match format {
+            ImageFormat::Unspecified | ImageFormat::Raw => {
+                Ok(Store::Image(Arc::new(Image::open(path, *read_only, *direct)?)))
+            }
+            ImageFormat::Qcow2 => Store::qcow2(path, *read_only, *direct),
+        };
     }
-    if !path.is_empty() || *direct {
-        let message = "a disk without storage has no path, and is not direct";
+    if !path.is_empty() || *direct || format == ImageFormat::Qcow2 {
+        let message = "a disk without storage has no path and no format, and is not direct";
         return Err(Error::invalid_field("null_bytes", message).remedy("give either a path or null_bytes"));
     }
     Store::null(*null_bytes, *read_only)
@@ -131,21 +165,47 @@ impl DeviceFactory for StorageCard {
         Ok(self.make(spec)?.identity().clone())
     }
 
-    /// A disk's size is looked at once, so its configuration space never changes by itself.
-    fn create(&self, spec: &DeviceSpec, _notifier: ConfigNotifier) -> Result<Arc<dyn Device>, Error> {
-        Ok(Arc::new(self.make(spec)?))
+    fn create(&self, spec: &DeviceSpec, notifier: ConfigNotifier) -> Result<Arc<dyn Device>, Error> {
+        let disk = Arc::new(self.make(spec)?);
+        let mut disks = self.disks();
+        disks.retain(|_, (disk, _)| disk.strong_count() > 0);
+        disks.insert(spec.id.clone(), (Arc::downgrade(&disk), notifier));
+        Ok(disk)
     }
 
     fn forget(&self, id: &str) {
+        self.disks().remove(id);
         if let Err(e) = self.mode_file(id).set(false) {
             warn!("the next disk named {id} begins with a write-through cache: {e}");
         }
     }
 }
 
+/// What the image at `path` is, or says it is.
+fn inspect(path: &str) -> Result<ImageInfo, Error> {
+    let image = Image::peek(path)?;
+    let geometry = image.geometry();
+    let block_size = geometry.logical_block;
+    if let Some(qcow2::Info { size_bytes, backing_file }) = qcow2::inspect(&image)? {
+        return Ok(ImageInfo { format: "qcow2".into(), size_bytes, block_size, backing_file });
+    }
+    let format = if geometry.block_device { "block-device" } else { "raw" };
+    let size_bytes = Image::inspect(path)?.size_bytes;
+    Ok(ImageInfo { format: format.into(), size_bytes, block_size, backing_file: String::new() })
+}
+
 /// The gRPC service `StorageCard`.
-#[derive(Debug, Default)]
-pub struct StorageService;
+#[derive(Debug)]
+pub struct StorageService(pub Arc<StorageCard>);
+
+/// Runs what may block away from the service's own thread.
+async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T, Error> + Send + 'static,
+) -> Result<T, Error> {
+    tokio::task::spawn_blocking(work).await.unwrap_or_else(|e| {
+        Err(Error::new(Code::Internal, ErrorReason::Internal, format!("the call ended: {e}")))
+    })
+}
 
 #[tonic::async_trait]
 impl storage_card_server::StorageCard for StorageService {
@@ -154,15 +214,16 @@ impl storage_card_server::StorageCard for StorageService {
         request: Request<InspectImageRequest>,
     ) -> Result<Response<ImageInfo>, Status> {
         let path = request.into_inner().path;
-        let inspected = tokio::task::spawn_blocking(move || Image::inspect(&path)).await;
-        let geometry = inspected.map_err(|e| {
-            Error::new(Code::Internal, ErrorReason::Internal, format!("the call ended: {e}"))
-        })??;
-        let format = if geometry.block_device { "block-device" } else { "raw" };
-        Ok(Response::new(ImageInfo {
-            format: format.into(),
-            size_bytes: geometry.size_bytes,
-            block_size: geometry.logical_block,
-        }))
+        Ok(Response::new(blocking(move || inspect(&path)).await?))
+    }
+
+    async fn resize_device(
+        &self,
+        request: Request<ResizeDeviceRequest>,
+    ) -> Result<Response<ResizeDeviceResponse>, Status> {
+        let ResizeDeviceRequest { id, size_bytes } = request.into_inner();
+        let card = self.0.clone();
+        let size_bytes = blocking(move || card.resize(&id, size_bytes)).await?;
+        Ok(Response::new(ResizeDeviceResponse { size_bytes }))
     }
 }

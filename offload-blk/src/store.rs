@@ -8,12 +8,15 @@ use tonic::Code;
 
 use crate::config::Erases;
 use crate::image::{Geometry, Image, SECTOR_BYTES};
+use crate::qcow2::Qcow2;
 
 /// What a disk stores on.
 #[derive(Debug, Clone)]
 pub enum Store {
-    /// A file or a block device.
+    /// A raw file or a block device.
     Image(Arc<Image>),
+    /// A qcow2 image.
+    Qcow2(Qcow2Store),
     /// Nothing, for benchmarks: a write is dropped, and a read leaves in the guest's buffer what it held. What remains is
     /// the cost of the queues.
     Null(NullStore),
@@ -26,7 +29,19 @@ pub struct NullStore {
     read_only: bool,
 }
 
+/// A qcow2 image and its backing files, open.
+#[derive(Debug, Clone)]
+pub struct Qcow2Store(pub(crate) Arc<Qcow2>);
+
 impl Store {
+    /// The qcow2 image at `path` and its backing files, which are locked: it for writing, if it is written to.
+    ///
+    /// # Errors
+    /// As [`Image::open`], for any of them. `DiskInvalid`, `Unsupported`: one is not what it is said to be.
+    pub fn qcow2(path: &str, read_only: bool, direct: bool) -> Result<Self, Error> {
+        Ok(Self::Qcow2(Qcow2Store(Arc::new(Qcow2::open(path, read_only, direct)?))))
+    }
+
     /// A disk of `size_bytes`, a multiple of 512 and not 0, without storage.
     pub fn null(size_bytes: u64, read_only: bool) -> Result<Self, Error> {
         if size_bytes == 0 || !size_bytes.is_multiple_of(SECTOR_BYTES) {
@@ -47,6 +62,7 @@ impl Store {
     pub fn geometry(&self) -> &Geometry {
         match self {
             Self::Image(image) => image.geometry(),
+            Self::Qcow2(qcow2) => qcow2.0.geometry(),
             Self::Null(null) => &null.geometry,
         }
     }
@@ -57,7 +73,10 @@ impl Store {
             Self::Image(image) if !image.read_only() => {
                 Erases { discard: image.punches(), write_zeroes: true }
             }
-            Self::Image(_) | Self::Null(_) => Erases::default(),
+            Self::Qcow2(qcow2) if !qcow2.0.image().read_only() => {
+                Erases { discard: qcow2.0.discards(), write_zeroes: true }
+            }
+            Self::Image(_) | Self::Qcow2(_) | Self::Null(_) => Erases::default(),
         }
     }
 
@@ -65,6 +84,7 @@ impl Store {
     pub(crate) fn resize(&self, from: u64, to: u64) -> Result<u64, Error> {
         match self {
             Self::Image(image) => image.resize(from, to),
+            Self::Qcow2(qcow2) => qcow2.0.resize(from, to),
             Self::Null(_) => Err(Error::new(
                 Code::FailedPrecondition,
                 ErrorReason::Unsupported,
@@ -78,6 +98,7 @@ impl Store {
     pub fn read_only(&self) -> bool {
         match self {
             Self::Image(image) => image.read_only(),
+            Self::Qcow2(qcow2) => qcow2.0.image().read_only(),
             Self::Null(null) => null.read_only,
         }
     }

@@ -386,15 +386,11 @@ impl Worker {
 
     /// Begins the request in `spare` and `spare_ranges`.
     fn begin_erase(&mut self) {
-        // A disk without storage does not offer it.
-        let Store::Image(image) = &self.disk.store else {
-            return self.answer_spare(Status::Unsupported, None, 0);
-        };
         let head = self.spare.head();
         let slot = &mut self.slots[usize::from(head)];
         std::mem::swap(&mut slot.chain, &mut self.spare);
         std::mem::swap(&mut slot.erasing.ranges, &mut self.spare_ranges);
-        let more = slot.begin_erase(self.write == Op::WriteThrough, image);
+        let more = slot.begin_erase(self.write == Op::WriteThrough, &self.disk.store);
         self.active += 1;
         self.slow += 1;
         self.meter.taken(head);
@@ -404,10 +400,10 @@ impl Worker {
     /// Begins the next transfer of a request, and those after it as far as they end at once.
     fn go_on(&mut self, head: u16) {
         loop {
-            let slot = &self.slots[usize::from(head)];
+            let slot = &mut self.slots[usize::from(head)];
             // SAFETY: the slot keeps its iovecs and the chain they point into until the completion comes back; slots are
             // dropped only when none is active (`BlockQueue` sees to it), or with the whole process.
-            match unsafe { self.backend.begin(head, &slot.transfer()) } {
+            match unsafe { self.backend.begin(head, &slot.transfer(&self.disk.store)) } {
                 Begun::Done(result) if self.moved(head, result) => {}
                 Begun::Done(_) | Begun::Pending => return,
                 Begun::Full => return self.full.push_back(head),
@@ -447,10 +443,8 @@ impl Worker {
             slot.retries += 1;
             return true;
         }
-        if slot.erases()
-            && let Store::Image(image) = &self.disk.store
-        {
-            match slot.erased(result, image) {
+        if slot.erases() {
+            match slot.erased(result, &self.disk.store) {
                 Ok(false) => return true,
                 Ok(true) => self.finish(head, Status::Ok),
                 Err(errno) => {

@@ -9,7 +9,7 @@ use crate::image::Image;
 /// How fallocate does [`Op::Punch`] and [`Op::Zero`]. The image keeps its size.
 pub(super) fn fallocate_mode(op: Op) -> i32 {
     libc::FALLOC_FL_KEEP_SIZE
-        | if op == Op::Punch { libc::FALLOC_FL_PUNCH_HOLE } else { libc::FALLOC_FL_ZERO_RANGE }
+        | if op == Op::Zero { libc::FALLOC_FL_ZERO_RANGE } else { libc::FALLOC_FL_PUNCH_HOLE }
 }
 
 /// Does a transfer with preadv2, pwritev2, fdatasync or fallocate: bytes moved or a negative errno. `flags` are RWF_* for
@@ -32,7 +32,7 @@ pub(super) unsafe fn transfer(image: &Image, transfer: &Transfer<'_>, flags: i32
                     libc::pwritev2(fd, iovecs.as_ptr(), count, offset, flags | libc::RWF_DSYNC)
                 }
                 Op::Sync => libc::fdatasync(fd) as isize,
-                Op::Punch | Op::Zero => {
+                Op::Punch | Op::Zero | Op::Discard => {
                     let length = transfer.length as libc::off_t;
                     libc::fallocate(fd, fallocate_mode(transfer.op), offset, length) as isize
                 }

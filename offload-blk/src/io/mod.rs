@@ -14,7 +14,8 @@ use uring::Uring;
 use waiter::Waiter;
 
 use crate::image::Image;
-use crate::store::Store;
+use crate::qcow2::{Qcow2, Work};
+use crate::store::{Qcow2Store, Store};
 use crate::worker::IoEngine;
 
 /// What is to be done with the image.
@@ -32,22 +33,26 @@ pub(crate) enum Op {
     Punch,
     /// Make a range zeros that keep their space.
     Zero,
+    /// Forget what is in a range, as far as that costs nothing. Only of a [`Transfer::formatted`] one.
+    Discard,
 }
 
 impl Op {
     /// It keeps the storage busy, and the CPU is better left to it.
     pub(crate) fn is_slow(self) -> bool {
-        matches!(self, Self::Sync | Self::Punch | Self::Zero)
+        matches!(self, Self::Sync | Self::Punch | Self::Zero | Self::Discard)
     }
 }
 
 /// One transfer.
-#[derive(Debug)]
+#[derive(Debug, Clone, Copy)]
 pub(crate) struct Transfer<'a> {
     pub(crate) op: Op,
-    /// Byte offset in the image.
+    /// Byte offset in the file; on the disk, if it is formatted.
     pub(crate) offset: u64,
-    /// Bytes of `Punch` and `Zero`.
+    /// Where that is in the file is up to the image's format.
+    pub(crate) formatted: bool,
+    /// Bytes of `Punch`, `Zero` and `Discard`.
     pub(crate) length: u64,
     /// Where in memory, for reads and writes; at most `IOV_MAX`.
     pub(crate) iovecs: &'a [libc::iovec],
@@ -84,12 +89,57 @@ impl Wakers {
     }
 }
 
+/// What transfers go to.
+#[derive(Debug, Clone)]
+pub(crate) struct Target {
+    /// The file.
+    image: Arc<Image>,
+    /// What knows the format of it, if it has one.
+    qcow2: Option<Arc<Qcow2>>,
+}
+
+impl Target {
+    fn of(store: &Store) -> Option<Self> {
+        match store {
+            Store::Image(image) => Some(Self { image: image.clone(), qcow2: None }),
+            Store::Qcow2(Qcow2Store(qcow2)) => {
+                Some(Self { image: qcow2.image().clone(), qcow2: Some(qcow2.clone()) })
+            }
+            Store::Null(_) => None,
+        }
+    }
+
+    /// Does a transfer here and now.
+    ///
+    /// # Safety
+    ///
+    /// The memory that the iovecs name is valid.
+    unsafe fn transfer(&self, transfer: &Transfer<'_>) -> i32 {
+        match &self.qcow2 {
+            // SAFETY: the caller's promise is ours.
+            Some(qcow2) if transfer.formatted => unsafe { qcow2.perform(&Work::new(transfer)) },
+            // SAFETY: as above.
+            _ => unsafe { calls::transfer(&self.image, transfer, 0) },
+        }
+    }
+}
+
+/// Punches or zeroes a range of a file here and now.
+pub(crate) fn erase_now(image: &Image, op: Op, offset: u64, length: u64) -> io::Result<()> {
+    let transfer = Transfer { op, offset, formatted: false, length, iovecs: &[], unaligned: true };
+    // SAFETY: there is no memory.
+    match unsafe { calls::transfer(image, &transfer, 0) } {
+        0.. => Ok(()),
+        e => Err(io::Error::from_raw_os_error(-e)),
+    }
+}
+
 /// A way to do I/O. One per queue, used by its thread only.
 pub(crate) enum Backend {
     /// Nothing to do.
     Null(Waiter),
     /// A system call per transfer, here and now.
-    Calls(Waiter, Arc<Image>),
+    Calls(Waiter, Target),
     /// By io_uring, with what is quicker here and now.
     Uring(Box<Uring>),
 }
@@ -104,16 +154,16 @@ impl Backend {
         engine: IoEngine,
         bound: bool,
     ) -> io::Result<(Self, Option<io::Error>)> {
-        let Store::Image(image) = store else { return Ok((Self::Null(Waiter::new(wakers)?), None)) };
+        let Some(target) = Target::of(store) else { return Ok((Self::Null(Waiter::new(wakers)?), None)) };
         let mut refused = None;
         if bound && engine != IoEngine::Sync {
-            match Uring::new(image.clone(), wakers.try_clone()?, depth, engine == IoEngine::Auto) {
+            match Uring::new(target.clone(), wakers.try_clone()?, depth, engine == IoEngine::Auto) {
                 Ok(uring) => return Ok((Self::Uring(Box::new(uring)), None)),
                 Err(e) if engine == IoEngine::IoUring => return Err(e),
                 Err(e) => refused = Some(e),
             }
         }
-        Ok((Self::Calls(Waiter::new(wakers)?, image.clone()), refused))
+        Ok((Self::Calls(Waiter::new(wakers)?, target), refused))
     }
 
     /// Begins a transfer. It may be held back until the next [`Backend::poll`] or [`Backend::wait`].
@@ -126,7 +176,7 @@ impl Backend {
             // There is nothing to move anything from or to.
             Self::Null(_) => Begun::Done(-libc::ENXIO),
             // SAFETY: the caller's promise is ours.
-            Self::Calls(_, image) => Begun::Done(unsafe { calls::transfer(image, transfer, 0) }),
+            Self::Calls(_, target) => Begun::Done(unsafe { target.transfer(transfer) }),
             // SAFETY: as above.
             Self::Uring(uring) => unsafe { uring.begin(tag, transfer) },
         }
@@ -209,7 +259,14 @@ mod tests {
         assert!(refused.is_none());
         let mut memory = [0u8; 512];
         let iovecs = [libc::iovec { iov_base: memory.as_mut_ptr().cast(), iov_len: 512 }];
-        let transfer = Transfer { op: Op::Read, offset: 0, length: 0, iovecs: &iovecs, unaligned: false };
+        let transfer = Transfer {
+            op: Op::Read,
+            offset: 0,
+            formatted: false,
+            length: 0,
+            iovecs: &iovecs,
+            unaligned: false,
+        };
         let (mut begun, mut done) = (0u16, 0);
         for tag in 0..200 {
             // SAFETY: `memory` and `iovecs` are there until all are done.

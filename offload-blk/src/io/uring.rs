@@ -5,6 +5,8 @@
 //! completions only when asked to (DEFER_TASKRUN), and a flag in shared memory says when to ask: polling costs no
 //! system call.
 //!
+//! What only the image's format can do, its own threads do, and say so by an eventfd that is a third poll.
+//!
 //! What needs no waiting is quicker without a ring: data in the page cache is read by a preadv2 that must not block, and
 //! a small write goes into the page cache by pwritev2, which io_uring would hand to a worker thread.
 
@@ -17,12 +19,14 @@ use io_uring::types::{Fd, Fixed, FsyncFlags, SubmitArgs, Timespec};
 use io_uring::{IoUring, cqueue, opcode, squeue};
 use tracing::warn;
 
-use super::{Begun, Completion, Op, Transfer, Wakers, calls};
+use super::{Begun, Completion, Op, Target, Transfer, Wakers, calls};
 use crate::image::Image;
+use crate::qcow2::{Mailbox, Qcow2, Work};
 
 // Above all tags.
 const KICK: u64 = 1 << 32;
 const ORDERS: u64 = 2 << 32;
+const FORMATTED: u64 = 3 << 32;
 
 /// Index of the image among the registered files.
 const IMAGE: Fixed = Fixed(0);
@@ -34,10 +38,20 @@ const WRITE_HERE_BYTES: usize = 64 * 1024;
 /// How long the host is given to find memory for a system call that failed for lack of it.
 const PAUSE: Duration = Duration::from_millis(10);
 
+/// What the format's own threads do for this queue.
+struct Formatted {
+    qcow2: Arc<Qcow2>,
+    mailbox: Arc<Mailbox>,
+    /// Given to them and not yet seen again.
+    pending: usize,
+    done: Vec<Completion>,
+}
+
 /// I/O by io_uring.
 pub(crate) struct Uring {
     ring: IoUring,
     image: Arc<Image>,
+    formatted: Option<Formatted>,
     wakers: Wakers,
     /// Seen and not yet counted.
     pub(super) kicks: u64,
@@ -56,14 +70,22 @@ impl Drop for Uring {
 impl Uring {
     /// For up to `depth` transfers at a time; belongs to the calling thread. With `here`, what needs no waiting is done
     /// without the ring.
-    pub(super) fn new(image: Arc<Image>, wakers: Wakers, depth: u16, here: bool) -> io::Result<Self> {
-        // One entry per transfer and two for the polls.
-        let ring = build(u32::from(depth) + 2)?;
+    pub(super) fn new(target: Target, wakers: Wakers, depth: u16, here: bool) -> io::Result<Self> {
+        let Target { image, qcow2 } = target;
+        // One entry per transfer and three for the polls.
+        let ring = build(u32::from(depth) + 3)?;
         ring.submitter().register_files(&[image.file().as_raw_fd(), image.buffered().as_raw_fd()])?;
         let cached = here && !image.direct();
-        let mut uring = Self { ring, image, wakers, kicks: 0, read_here: cached, write_here: cached };
+        let formatted = qcow2.map(|qcow2| -> io::Result<_> {
+            let mailbox = Arc::new(Mailbox::new(depth)?);
+            Ok(Formatted { qcow2, mailbox, pending: 0, done: Vec::with_capacity(depth.into()) })
+        });
+        let formatted = formatted.transpose()?;
+        let mut uring =
+            Self { ring, image, formatted, wakers, kicks: 0, read_here: cached, write_here: cached };
         uring.watch(KICK)?;
         uring.watch(ORDERS)?;
+        uring.watch(FORMATTED)?;
         // A kernel that has rings may still forbid operations: find out now.
         uring.ring.submit()?;
         // Only what a poll that ended says matters here; signals that are there already come again as edges do not, so
@@ -94,7 +116,12 @@ impl Uring {
     }
 
     fn watch(&mut self, token: u64) -> io::Result<()> {
-        let event = if token == KICK { &self.wakers.kick } else { &self.wakers.orders };
+        let event = match (token, &self.formatted) {
+            (KICK, _) => &self.wakers.kick,
+            (ORDERS, _) => &self.wakers.orders,
+            (_, Some(formatted)) => &formatted.mailbox.event,
+            (_, None) => return Ok(()),
+        };
         let poll = opcode::PollAdd::new(Fd(event.as_raw_fd()), libc::POLLIN as u32).multi(true).build();
         // SAFETY: a poll points to nothing, and `wakers` keeps the descriptor as long as the ring.
         let pushed = unsafe { self.push(&poll.user_data(token)) };
@@ -119,6 +146,14 @@ impl Uring {
     ///
     /// As [`super::Backend::begin`].
     pub(super) unsafe fn begin(&mut self, tag: u16, transfer: &Transfer<'_>) -> Begun {
+        if transfer.formatted
+            && let Some(formatted) = &mut self.formatted
+        {
+            formatted.pending += 1;
+            // SAFETY: the caller's promise is ours.
+            unsafe { formatted.qcow2.submit(tag, Work::new(transfer), &formatted.mailbox) };
+            return Begun::Pending;
+        }
         // SAFETY: the caller's promise is ours.
         if let Some(result) = unsafe { self.try_here(transfer) } {
             return Begun::Done(result);
@@ -138,7 +173,7 @@ impl Uring {
             (Op::WriteThrough, _) => {
                 opcode::Writev::new(file, first, count).offset(offset).rw_flags(libc::RWF_DSYNC).build()
             }
-            (Op::Punch | Op::Zero, _) => opcode::Fallocate::new(file, transfer.length)
+            (Op::Punch | Op::Zero | Op::Discard, _) => opcode::Fallocate::new(file, transfer.length)
                 .offset(offset)
                 .mode(calls::fallocate_mode(transfer.op))
                 .build(),
@@ -175,7 +210,7 @@ impl Uring {
                 // SAFETY: as above.
                 Some(unsafe { calls::transfer(&self.image, transfer, 0) })
             }
-            Op::Read | Op::Write | Op::WriteThrough | Op::Sync | Op::Punch | Op::Zero => None,
+            Op::Read | Op::Write | Op::WriteThrough | Op::Sync | Op::Punch | Op::Zero | Op::Discard => None,
         }
     }
 
@@ -202,11 +237,22 @@ impl Uring {
 
     /// The next completion of a transfer.
     pub(super) fn completion(&mut self) -> Option<Completion> {
+        if let Some(formatted) = &mut self.formatted
+            && formatted.pending > 0
+        {
+            if formatted.done.is_empty() {
+                formatted.mailbox.take(&mut formatted.done);
+            }
+            if let Some(done) = formatted.done.pop() {
+                formatted.pending -= 1;
+                return Some(done);
+            }
+        }
         loop {
             let entry = self.ring.completion().next()?;
             let ended = !cqueue::more(entry.flags());
             match entry.user_data() {
-                token @ (KICK | ORDERS) => {
+                token @ (KICK | ORDERS | FORMATTED) => {
                     self.kicks += u64::from(token == KICK && entry.result() > 0);
                     if ended {
                         self.watch_again(token, entry.result());

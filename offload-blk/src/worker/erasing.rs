@@ -3,19 +3,24 @@
 use crate::erase::{Erase, Range};
 use crate::image::Image;
 use crate::io::Op;
+use crate::store::Store;
 
 /// What is written where nothing better can make zeros.
 static ZEROS: [u8; 64 << 10] = [0; 64 << 10];
 /// Longest write of zeros, in bytes: others want the storage, too.
 const MAX_WRITE_BYTES: u64 = 1 << 20;
+/// Longest piece that is left to the image's format, in bytes, for the same reason.
+const MAX_FORMATTED_BYTES: u64 = 64 << 20;
 
-/// One call to the kernel. `Write` writes zeros, `Sync` has neither offset nor length.
+/// One transfer. `Write` writes zeros, `Sync` has neither offset nor length.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Piece {
     pub(super) op: Op,
     pub(super) offset: u64,
     pub(super) length: u64,
 }
+
+const SYNC: Piece = Piece { op: Op::Sync, offset: 0, length: 0 };
 
 /// Ranges being worked on.
 #[derive(Debug, Default)]
@@ -35,7 +40,34 @@ impl Erasing {
     }
 
     /// What is to be done next; `None`: nothing any more.
-    pub(super) fn next(&mut self, image: &Image) -> Option<Piece> {
+    pub(super) fn next(&mut self, store: &Store) -> Option<Piece> {
+        match store {
+            Store::Image(image) => self.next_in_file(image),
+            Store::Qcow2(_) => self.next_formatted(),
+            // It does not offer any of this.
+            Store::Null(_) => None,
+        }
+    }
+
+    /// How a range is done away with is up to the format.
+    fn next_formatted(&mut self) -> Option<Piece> {
+        while let Some(range) = self.ranges.get(self.range) {
+            let (offset, left) = (range.offset + self.done, range.length - self.done);
+            if left > 0 {
+                let op = match range.erase {
+                    Erase::Discard => Op::Discard,
+                    Erase::Unmap => Op::Punch,
+                    Erase::Zero => Op::Zero,
+                };
+                return Some(Piece { op, offset, length: left.min(MAX_FORMATTED_BYTES) });
+            }
+            self.range += 1;
+            self.done = 0;
+        }
+        self.sync.then_some(SYNC)
+    }
+
+    fn next_in_file(&mut self, image: &Image) -> Option<Piece> {
         let align = image.geometry().erase_alignment();
         while let Some(range) = self.ranges.get(self.range) {
             let (offset, left) = (range.offset + self.done, range.length - self.done);
@@ -67,23 +99,23 @@ impl Erasing {
                 }
             }
         }
-        self.sync.then_some(Piece { op: Op::Sync, offset: 0, length: 0 })
+        self.sync.then_some(SYNC)
     }
 
     /// `piece`, the last that [`Erasing::next`] gave, ended with `result`.
     ///
     /// # Errors
     /// An errno: the request has failed.
-    pub(super) fn ended(&mut self, piece: Piece, result: i32, image: &Image) -> Result<(), i32> {
-        match (piece.op, result) {
-            (Op::Punch, e) if unsupported(e) => image.cannot_punch(),
-            (Op::Zero, e) if unsupported(e) => image.cannot_zero(),
-            (_, e) if e < 0 => return Err(-e),
-            (Op::Punch | Op::Zero, _) => self.done += piece.length,
-            (Op::Sync, _) => self.sync = false,
+    pub(super) fn ended(&mut self, piece: Piece, result: i32, store: &Store) -> Result<(), i32> {
+        match (piece.op, result, store) {
+            (Op::Punch, e, Store::Image(image)) if unsupported(e) => image.cannot_punch(),
+            (Op::Zero, e, Store::Image(image)) if unsupported(e) => image.cannot_zero(),
+            (_, e, _) if e < 0 => return Err(-e),
+            (Op::Punch | Op::Zero | Op::Discard, ..) => self.done += piece.length,
+            (Op::Sync, ..) => self.sync = false,
             // Nothing of it was written.
-            (_, 0) => return Err(libc::EIO),
-            (_, written) => self.done += u64::from(written.unsigned_abs()).min(piece.length),
+            (_, 0, _) => return Err(libc::EIO),
+            (_, written, _) => self.done += u64::from(written.unsigned_abs()).min(piece.length),
         }
         Ok(())
     }
@@ -111,12 +143,14 @@ pub(super) fn zeros(length: u64, iovecs: &mut Vec<libc::iovec>) {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
+
     use proptest::prelude::*;
 
     use super::*;
     use crate::image::Geometry;
 
-    fn image(block: u32) -> Image {
+    fn image(block: u32) -> Store {
         let file = tempfile::tempfile().unwrap();
         file.set_len(1 << 20).unwrap();
         let geometry = Geometry {
@@ -126,7 +160,7 @@ mod tests {
             block_device: true,
             memory_alignment: 1,
         };
-        Image::for_test(file, geometry)
+        Store::Image(Arc::new(Image::for_test(file, geometry)))
     }
 
     proptest! {
@@ -141,8 +175,8 @@ mod tests {
             durable in any::<bool>(),
             short in 1i32..5000,
         ) {
-            let image = image(if big { 4096 } else { 512 });
-            let align = image.geometry().erase_alignment();
+            let align = if big { 4096 } else { 512 };
+            let image = image(align as u32);
             let ranges: Vec<_> = given.iter().map(|(s, n, e)| Range {
                 offset: s * 512,
                 length: n * 512,
@@ -189,8 +223,11 @@ mod tests {
         erasing.begin(true);
         let piece = erasing.next(&image).unwrap();
         assert_eq!(erasing.ended(piece, -libc::ENOSPC, &image), Err(libc::ENOSPC));
-        image.cannot_punch();
-        image.cannot_zero();
+        // First the one way turns out not to be there, then the other.
+        for op in [Op::Punch, Op::Zero] {
+            let piece = erasing.next(&image).unwrap();
+            assert_eq!((piece.op, erasing.ended(piece, -libc::EOPNOTSUPP, &image)), (op, Ok(())));
+        }
         let piece = erasing.next(&image).unwrap();
         assert_eq!(piece, Piece { op: Op::Write, offset: 0, length: 4096 });
         assert_eq!(erasing.ended(piece, 0, &image), Err(libc::EIO));

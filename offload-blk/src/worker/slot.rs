@@ -3,9 +3,11 @@
 use offload_card::Chain;
 
 use super::erasing::{Erasing, Piece, zeros};
-use crate::image::{Geometry, Image};
+use crate::image::Geometry;
 use crate::io::{Op, Transfer};
+use crate::qcow2::Qcow2;
 use crate::request::HEADER_BYTES;
+use crate::store::{Qcow2Store, Store};
 
 /// Most iovecs a system call takes (IOV_MAX).
 const MAX_IOVECS: usize = 1024;
@@ -26,6 +28,8 @@ pub(super) struct Slot {
     /// The data's memory. Those before `first` are done with, and `first` begins where the next byte goes.
     iovecs: Vec<libc::iovec>,
     first: usize,
+    /// Their beginning, if the next transfer is of a part of them only.
+    part: Vec<libc::iovec>,
     /// The next transfer is not aligned as O_DIRECT wants.
     unaligned: bool,
     /// The ranges to be done away with, if it is a request of that kind.
@@ -50,6 +54,7 @@ impl Default for Slot {
             moved: 0,
             iovecs: Vec::new(),
             first: 0,
+            part: Vec::new(),
             unaligned: false,
             erasing: Erasing::default(),
             piece: None,
@@ -67,7 +72,7 @@ impl Slot {
         let (segments, mut skip) = match op {
             Op::Read => (self.chain.writable(), 0),
             Op::Write | Op::WriteThrough => (self.chain.readable(), HEADER_BYTES),
-            Op::Sync | Op::Punch | Op::Zero => (&[][..], 0),
+            Op::Sync | Op::Punch | Op::Zero | Op::Discard => (&[][..], 0),
         };
         let mut left = length as usize;
         for segment in segments {
@@ -85,15 +90,15 @@ impl Slot {
     }
 
     /// Takes a new request: the ranges of `erasing`, made durable if it says so. False if there is nothing to do for it.
-    pub(super) fn begin_erase(&mut self, durable: bool, image: &Image) -> bool {
+    pub(super) fn begin_erase(&mut self, durable: bool, store: &Store) -> bool {
         (self.active, self.retries) = (true, 0);
         (self.op, self.offset, self.length, self.moved, self.first) = (Op::Punch, 0, 0, 0, 0);
         self.erasing.begin(durable);
-        self.next_piece(image)
+        self.next_piece(store)
     }
 
-    fn next_piece(&mut self, image: &Image) -> bool {
-        self.piece = self.erasing.next(image);
+    fn next_piece(&mut self, store: &Store) -> bool {
+        self.piece = self.erasing.next(store);
         self.iovecs.clear();
         if let Some(Piece { op: Op::Write, length, .. }) = self.piece {
             zeros(length, &mut self.iovecs);
@@ -105,11 +110,11 @@ impl Slot {
     ///
     /// # Errors
     /// An errno: the request has failed.
-    pub(super) fn erased(&mut self, result: i32, image: &Image) -> Result<bool, i32> {
+    pub(super) fn erased(&mut self, result: i32, store: &Store) -> Result<bool, i32> {
         self.retries = 0;
         let Some(piece) = self.piece else { return Ok(true) };
-        self.erasing.ended(piece, result, image)?;
-        Ok(!self.next_piece(image))
+        self.erasing.ended(piece, result, store)?;
+        Ok(!self.next_piece(store))
     }
 
     /// It does away with ranges.
@@ -148,13 +153,52 @@ impl Slot {
     }
 
     /// The next transfer.
-    pub(super) fn transfer(&self) -> Transfer<'_> {
-        let rest = &self.iovecs[self.first..];
-        let iovecs = &rest[..rest.len().min(MAX_IOVECS)];
+    pub(super) fn transfer(&mut self, store: &Store) -> Transfer<'_> {
+        let (op, offset) = (self.op, self.next_offset());
+        let plain =
+            Transfer { op, offset, formatted: false, length: 0, iovecs: &[], unaligned: self.unaligned };
         if let Some(Piece { op, offset, length }) = self.piece {
-            return Transfer { op, offset, length, iovecs, unaligned: true };
+            let formatted = matches!(store, Store::Qcow2(_)) && op != Op::Sync;
+            let iovecs = &self.iovecs[..];
+            return Transfer { op, offset, formatted, length, iovecs, unaligned: true };
         }
-        Transfer { op: self.op, offset: self.next_offset(), length: 0, iovecs, unaligned: self.unaligned }
+        match store {
+            Store::Qcow2(Qcow2Store(qcow2)) if op != Op::Sync => self.placed(qcow2, plain),
+            _ => Transfer { iovecs: self.rest(), ..plain },
+        }
+    }
+
+    /// What is left of the memory, as far as it can be in one transfer.
+    fn rest(&self) -> &[libc::iovec] {
+        let rest = &self.iovecs[self.first..];
+        &rest[..rest.len().min(MAX_IOVECS)]
+    }
+
+    /// The next transfer where its clusters are, if that is known and nothing else is to be done.
+    fn placed<'a>(&'a mut self, qcow2: &Qcow2, plain: Transfer<'a>) -> Transfer<'a> {
+        let left = u64::from(self.length - self.moved);
+        let place = if plain.op == Op::WriteThrough && qcow2.unsynced() {
+            None
+        } else {
+            qcow2.run(plain.offset, left)
+        };
+        match place {
+            None => Transfer { formatted: true, iovecs: self.rest(), ..plain },
+            Some((offset, run)) if run >= left => Transfer { offset, iovecs: self.rest(), ..plain },
+            Some((offset, run)) => {
+                self.part.clear();
+                let mut run = run as usize;
+                for iovec in self.iovecs[self.first..].iter().take(MAX_IOVECS) {
+                    if run == 0 {
+                        break;
+                    }
+                    let iov_len = iovec.iov_len.min(run);
+                    run -= iov_len;
+                    self.part.push(libc::iovec { iov_len, ..*iovec });
+                }
+                Transfer { offset, iovecs: &self.part, ..plain }
+            }
+        }
     }
 
     /// `moved` bytes more have been moved. True if that was all.
@@ -201,6 +245,10 @@ mod tests {
         slot
     }
 
+    fn store() -> Store {
+        Store::null(1 << 30, false).unwrap()
+    }
+
     const BLOCKS: Geometry = Geometry {
         size_bytes: 1 << 30,
         logical_block: 4096,
@@ -211,7 +259,8 @@ mod tests {
 
     #[test]
     fn what_is_not_whole_blocks_goes_by_the_page_cache() {
-        let unaligned = |buffers: &[(u64, u32)], offset| slot(buffers, offset, &BLOCKS).transfer().unaligned;
+        let unaligned =
+            |buffers: &[(u64, u32)], offset| slot(buffers, offset, &BLOCKS).transfer(&store()).unaligned;
         assert!(!unaligned(&[(0x5_0000, 4096)], 0));
         assert!(!unaligned(&[(0x5_0200, 4096), (0x6_0000, 8192)], 8192));
         // A sector is less than a block, and so is where it is.
@@ -221,7 +270,7 @@ mod tests {
         assert!(unaligned(&[(0x5_0000, 512), (0x6_0000, 3584)], 0));
         assert!(unaligned(&[(0x5_0100, 4096)], 0));
         let cached = Geometry { memory_alignment: 1, ..BLOCKS };
-        assert!(!slot(&[(0x5_0001, 511)], 512, &cached).transfer().unaligned);
+        assert!(!slot(&[(0x5_0001, 511)], 512, &cached).transfer(&store()).unaligned);
     }
 
     #[test]
@@ -229,12 +278,20 @@ mod tests {
         let mut slot = slot(&[(0x5_0000, 4096), (0x6_0000, 4096)], 0, &BLOCKS);
         assert!(!slot.advance(4096, &BLOCKS));
         assert_eq!(
-            (slot.transfer().unaligned, slot.transfer().offset, slot.transfer().iovecs.len()),
+            (
+                slot.transfer(&store()).unaligned,
+                slot.transfer(&store()).offset,
+                slot.transfer(&store()).iovecs.len()
+            ),
             (false, 4096, 1)
         );
         assert!(!slot.advance(1024, &BLOCKS));
         assert_eq!(
-            (slot.transfer().unaligned, slot.transfer().offset, slot.transfer().iovecs[0].iov_len),
+            (
+                slot.transfer(&store()).unaligned,
+                slot.transfer(&store()).offset,
+                slot.transfer(&store()).iovecs[0].iov_len
+            ),
             (true, 5120, 3072)
         );
         assert!(slot.advance(3072, &BLOCKS));

@@ -47,6 +47,8 @@ pub struct DriverQueue {
     pub addresses: RingAddresses,
     /// Entries.
     pub size: u16,
+    /// Its number in the device, for [`DriverQueue::ring`]: 0 unless set.
+    pub index: u16,
     features: u64,
     /// What the driver signals.
     pub kick: Event,
@@ -70,6 +72,7 @@ impl DriverQueue {
             guest: guest.clone(),
             addresses,
             size,
+            index: 0,
             features,
             kick: Event::new().expect("eventfd"),
             call: Event::new().expect("eventfd"),
@@ -87,7 +90,7 @@ impl DriverQueue {
         shared.set_call(Some(self.call.try_clone().expect("eventfd")));
         shared.set_error(Some(self.error.try_clone().expect("eventfd")));
         let ring = Ring::new(RingConfig {
-            index: 0,
+            index: self.index,
             size: self.size,
             features: self.features,
             addresses: self.addresses,

@@ -126,6 +126,20 @@ pub(crate) enum VmCommand {
     /// Reset a running VM, as its reset button would
     #[command(after_help = "Example:\n  outboard vm reboot web")]
     Reboot(Name),
+    /// Make a disk of a running VM longer, its image with it; the guest sees it at once
+    #[command(
+        after_help = "Examples:\n  outboard vm resize-disk web disk0 20G\n  outboard vm resize-disk db data    # after lvextend"
+    )]
+    ResizeDisk {
+        #[command(flatten)]
+        vm: Name,
+        /// The disk's id, as in: outboard vm show
+        #[arg(value_name = "DISK")]
+        disk: String,
+        /// Its new size; without one, what its image or block device has become
+        #[arg(value_name = "SIZE")]
+        size: Option<Size>,
+    },
     /// Remove a VM; its disk images stay
     #[command(
         visible_alias = "remove",
@@ -197,9 +211,10 @@ pub(crate) struct Create {
     /// Virtual CPUs
     #[arg(long, value_name = "N", default_value_t = 1)]
     pub vcpus: u32,
-    /// A disk: a raw image or a block device; in the order given, the guest's /dev/vda, /dev/vdb, ...
+    /// A disk: an image or a block device; in the order given, the guest's /dev/vda, /dev/vdb, ...
     ///
-    /// FILE, or path=FILE[,id=ID][,readonly][,direct][,queues=N][,card=CARD]. A comma in a path is written twice.
+    /// FILE, or path=FILE[,format=raw|qcow2][,id=ID][,readonly][,direct][,queues=N][,card=CARD]. Without a format it is
+    /// raw. A comma in a path is written twice.
     #[arg(long = "disk", short, value_name = "DISK")]
     pub disks: Vec<DiskOption>,
     /// A network interface
@@ -220,7 +235,7 @@ Examples:
   outboard vm create web --kernel /boot/vmlinuz --initramfs /boot/initrd.img \\
       --cmdline 'console=ttyS0 root=/dev/vda rw' --disk /srv/web.img --nic default
   outboard vm create db --kernel vmlinux --memory 4G --vcpus 4 \\
-      --disk path=/srv/root.img,readonly --disk path=/srv/db.img,queues=4,direct \\
+      --disk path=/srv/root.qcow2,format=qcow2 --disk path=/srv/db.img,queues=4,direct \\
       --nic network=default,mac=02:00:00:12:34:56";
 
 /// `outboard network ...`

@@ -7,8 +7,8 @@ use std::time::Duration;
 use clap::{CommandFactory, Parser};
 use proto::v1::{
     BootSource, CreateNetworkRequest, CreateVmRequest, DeleteNetworkRequest, DeleteVmRequest, GetVmRequest,
-    ListCardsRequest, ListNetworksRequest, ListVmsRequest, NetworkSpec, RebootVmRequest, StartVmRequest,
-    StopVmRequest, Vm, VmSpec, WatchEventsRequest,
+    ListCardsRequest, ListNetworksRequest, ListVmsRequest, NetworkSpec, RebootVmRequest, ResizeDiskRequest,
+    StartVmRequest, StopVmRequest, Vm, VmSpec, WatchEventsRequest,
 };
 
 mod args;
@@ -22,6 +22,7 @@ mod view;
 use args::{CardCommand, Cli, Command, Create, NetworkCommand, Output, VmCommand};
 use client::{Client, QUICK, SLOW};
 use failure::{BUG, Failure};
+use options::Size;
 
 use crate::controller::rpc;
 
@@ -108,6 +109,13 @@ async fn vm(cli: &Cli, client: &Client, command: &VmCommand) -> Result<(), Failu
             let request = RebootVmRequest { vm: name.vm.clone() };
             let vm = client.wait(&format!("Rebooting {}", name.vm), SLOW, api.reboot_vm(request)).await?;
             changed(cli, vm)
+        }
+        VmCommand::ResizeDisk { vm, disk, size } => {
+            let size_bytes = size.map_or(0, |s| s.0);
+            let request = ResizeDiskRequest { vm: vm.vm.clone(), disk: disk.clone(), size_bytes };
+            let resized = client.wait(&format!("Resizing {disk}"), SLOW, api.resize_disk(request)).await?;
+            let size = view::DiskSize { disk: disk.clone(), size_bytes: resized.size_bytes };
+            render::print(cli.output, &size, || format!("{disk} has {}\n", Size(size.size_bytes)))
         }
         VmCommand::Rm { vm, force } => {
             let request = DeleteVmRequest { vm: vm.vm.clone(), force: *force };

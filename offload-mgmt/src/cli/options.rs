@@ -4,7 +4,7 @@ use std::fmt;
 use std::path::PathBuf;
 use std::str::FromStr;
 
-use proto::v1::{DiskSpec, NicSpec};
+use proto::v1::{DiskSpec, ImageFormat, NicSpec};
 
 /// A size in bytes, written with K, M, G or T for powers of 1024.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -55,18 +55,27 @@ impl FromStr for DiskOption {
         for pair in Pairs::new(s, "path") {
             match pair.key.as_str() {
                 "path" => disk.path = absolute(&pair.value()?)?,
+                "format" => disk.format = format(&pair.value()?)?.into(),
                 "id" => disk.id = pair.value()?,
                 "readonly" => disk.read_only = pair.flag()?,
                 "direct" => disk.direct = pair.flag()?,
                 "queues" => disk.queues = pair.number()?,
                 "card" => disk.card = pair.value()?,
-                _ => return Err(pair.unknown("path, id, readonly, direct, queues, card")),
+                _ => return Err(pair.unknown("path, format, id, readonly, direct, queues, card")),
             }
         }
         if disk.path.is_empty() {
             return Err("a disk needs a path: --disk /srv/root.img or --disk path=/srv/root.img".to_owned());
         }
         Ok(Self(disk))
+    }
+}
+
+fn format(name: &str) -> Result<ImageFormat, String> {
+    match name {
+        "raw" => Ok(ImageFormat::Raw),
+        "qcow2" => Ok(ImageFormat::Qcow2),
+        _ => Err(format!("\"{name}\" is no image format known here; known are: raw, qcow2")),
     }
 }
 
@@ -215,6 +224,7 @@ mod tests {
             disk("path=/x.img,id=root,queues=4,direct,card=fast,readonly=off"),
             Ok(DiskSpec { id: "root".into(), queues: 4, direct: true, card: "fast".into(), ..plain })
         );
+        assert_eq!(disk("/x.img,format=qcow2").map(|d| d.format()), Ok(ImageFormat::Qcow2));
         assert_eq!(disk("/a,,b=c").map(|d| d.path), Ok("/a,b=c".into()));
         let here = std::env::current_dir().expect("directory").join("x.img");
         assert_eq!(disk("x.img").map(|d| PathBuf::from(d.path)), Ok(here));
@@ -225,6 +235,7 @@ mod tests {
             ("/x,queues=many", "no number"),
             ("/x,queues", "needs a value"),
             ("/x,fast", "known are"),
+            ("/x,format=vmdk", "known are: raw, qcow2"),
             ("/x,readonly=maybe", "readonly=on"),
         ] {
             match disk(bad) {

@@ -85,7 +85,7 @@ pub(crate) fn vm(vm: &Vm) -> String {
     };
     let disks = vm.disks.iter().map(|d| {
         let (pci, link) = link(&d.id);
-        let options = [("read-only", d.read_only), ("direct", d.direct)];
+        let options = [("read-only", d.read_only), ("direct", d.direct), ("qcow2", d.format == "qcow2")];
         let options: Vec<_> = options.iter().filter(|(_, set)| *set).map(|(name, _)| *name).collect();
         vec![d.id.clone(), d.path.clone(), d.card.clone(), d.queues.to_string(), options.join(","), pci, link]
     });

@@ -3,7 +3,7 @@
 
 use std::collections::BTreeMap;
 
-use proto::v1::{self, EndReason, LinkState, ResetReason, VmState, event};
+use proto::v1::{self, EndReason, ImageFormat, LinkState, ResetReason, VmState, event};
 use serde::Serialize;
 
 /// A VM.
@@ -52,6 +52,8 @@ pub(crate) struct Disk {
     pub id: String,
     /// The image or block device.
     pub path: String,
+    /// "raw" or "qcow2".
+    pub format: String,
     /// The guest may not write.
     pub read_only: bool,
     /// The host's page cache is not used.
@@ -60,6 +62,15 @@ pub(crate) struct Disk {
     pub queues: u32,
     /// The card that serves it.
     pub card: String,
+}
+
+/// How long a disk is.
+#[derive(Debug, Serialize)]
+pub(crate) struct DiskSize {
+    /// Its id within the VM.
+    pub disk: String,
+    /// Its size as the guest sees it.
+    pub size_bytes: u64,
 }
 
 /// A network interface.
@@ -242,8 +253,12 @@ impl Vm {
 
 impl From<v1::DiskSpec> for Disk {
     fn from(d: v1::DiskSpec) -> Self {
-        let v1::DiskSpec { id, path, read_only, queues, card, direct } = d;
-        Self { id, path, read_only, direct, queues, card }
+        let format = match d.format() {
+            ImageFormat::Unspecified | ImageFormat::Raw => "raw",
+            ImageFormat::Qcow2 => "qcow2",
+        };
+        let v1::DiskSpec { id, path, read_only, queues, card, direct, format: _ } = d;
+        Self { id, path, format: format.to_owned(), read_only, direct, queues, card }
     }
 }
 

@@ -13,9 +13,10 @@ use std::time::Duration;
 use proto::error::{Error, ErrorReason};
 use proto::v1::card_client::CardClient;
 use proto::v1::network_card_client::NetworkCardClient;
+use proto::v1::storage_card_client::StorageCardClient;
 use proto::v1::{
     CardInfo, CreateDeviceRequest, CreateNetworkRequest, DeleteDeviceRequest, DeleteNetworkRequest, Device,
-    DeviceSpec, DeviceStats, GetCardStatsRequest, IdentifyRequest, Network, NetworkSpec,
+    DeviceSpec, DeviceStats, GetCardStatsRequest, IdentifyRequest, Network, NetworkSpec, ResizeDeviceRequest,
 };
 use tokio::sync::{Notify, OwnedMutexGuard};
 use tonic::transport::Channel;
@@ -224,6 +225,22 @@ impl Card {
             .await
             .map_err(|f| self.error(f))?;
         Ok(stats.devices.into_iter().find(|d| d.id == id))
+    }
+
+    /// Makes a disk longer; its size then, in bytes.
+    ///
+    /// # Errors
+    /// CARD_UNREACHABLE, DEVICE_NOT_FOUND, or why it cannot grow.
+    pub(crate) async fn resize_device(&self, id: &str, size_bytes: u64) -> Result<u64, Error> {
+        let request = ResizeDeviceRequest { id: id.to_owned(), size_bytes };
+        let resized = self
+            .call(|c| {
+                let request = request.clone();
+                async move { StorageCardClient::new(c).resize_device(request).await }
+            })
+            .await
+            .map_err(|f| self.error(f))?;
+        Ok(resized.size_bytes)
     }
 
     /// Asks whether a network could be made.

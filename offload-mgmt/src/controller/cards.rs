@@ -165,6 +165,7 @@ fn block(disk: &DiskSpec) -> Kind {
         // What the guest sees under /dev/disk/by-id: the id within the VM says more than one made of the VM's id.
         serial: disk.id.chars().take(20).collect(),
         direct: disk.direct,
+        format: disk.format,
         ..Default::default()
     })
 }

@@ -11,8 +11,8 @@ use proto::v1::{
     CardStatus, ConsoleInput, ConsoleOutput, CreateNetworkRequest, CreateVmRequest, DeleteNetworkRequest,
     DeleteNetworkResponse, DeleteVmRequest, DeleteVmResponse, Event, GetInfoRequest, GetStatsRequest,
     GetVmRequest, ListCardsRequest, ListCardsResponse, ListNetworksRequest, ListNetworksResponse,
-    ListVmsRequest, ListVmsResponse, Network, RebootVmRequest, SlotInfo, StartVmRequest, StopVmRequest,
-    Vm as VmMessage, VmStats, WatchEventsRequest,
+    ListVmsRequest, ListVmsResponse, Network, RebootVmRequest, ResizeDiskRequest, ResizeDiskResponse,
+    SlotInfo, StartVmRequest, StopVmRequest, Vm as VmMessage, VmStats, WatchEventsRequest,
 };
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming};
@@ -42,6 +42,24 @@ impl Controller {
     async fn shown(&self, vm: &Vm) -> VmMessage {
         let slots = self.slots(vm).await;
         vm.message(slots)
+    }
+
+    async fn resize_disk(&self, request: ResizeDiskRequest) -> Result<ResizeDiskResponse, Error> {
+        let vm = self.find(&request.vm)?;
+        let name = &vm.spec.name;
+        if !vm.spec.disks.iter().any(|d| d.id == request.disk) {
+            let known = vm.spec.disks.iter().map(|d| d.id.as_str()).collect::<Vec<_>>().join(", ");
+            let message = format!("VM {name} has no disk {:?}", request.disk);
+            return Err(Error::invalid_field("disk", message)
+                .resource(&request.disk)
+                .remedy(format!("it has: {known}")));
+        }
+        // Its devices are there while it runs.
+        vm.hypervisor()?;
+        let placed = self.ctx.cards.devices_of(&vm.id, &vm.spec)?;
+        let Some(placed) = placed.iter().find(|p| p.slot == request.disk) else { return Err(ending()) };
+        let size_bytes = placed.card.resize_device(&placed.spec.id, request.size_bytes).await?;
+        Ok(ResizeDiskResponse { size_bytes })
     }
 
     async fn stats(&self, vm: &Vm) -> Result<VmStats, Error> {
@@ -187,6 +205,14 @@ impl Api for Controller {
         _: Request<ListNetworksRequest>,
     ) -> Result<Response<ListNetworksResponse>, Status> {
         Ok(Response::new(ListNetworksResponse { networks: Self::list_networks(self) }))
+    }
+
+    async fn resize_disk(
+        &self,
+        request: Request<ResizeDiskRequest>,
+    ) -> Result<Response<ResizeDiskResponse>, Status> {
+        let this = self.clone();
+        detached(async move { Self::resize_disk(&this, request.into_inner()).await }).await
     }
 
     async fn get_vm_stats(&self, request: Request<GetVmRequest>) -> Result<Response<VmStats>, Status> {

@@ -3,7 +3,7 @@
 use std::collections::HashSet;
 
 use proto::error::Error;
-use proto::v1::{BootSource, DiskSpec, NetworkSpec, NicSpec, VmSpec};
+use proto::v1::{BootSource, DiskSpec, ImageFormat, NetworkSpec, NicSpec, VmSpec};
 
 use super::mac::Mac;
 
@@ -113,6 +113,11 @@ fn complete_disk(i: usize, disk: &mut DiskSpec, vcpus: u32) -> Result<(), Error>
     }
     check_name(&format!("spec.disks[{i}].id"), "a disk's id", &disk.id, 32)?;
     check_path(&format!("spec.disks[{i}].path"), "disk", &disk.path)?;
+    if ImageFormat::try_from(disk.format).is_err() {
+        let message = format!("disk {} has format {}, which is none", disk.id, disk.format);
+        return Err(Error::invalid_field(&format!("spec.disks[{i}].format"), message)
+            .remedy("leave it out for a raw image, or use a controller that knows it"));
+    }
     if disk.queues == 0 {
         disk.queues = vcpus.min(DISK_QUEUES_MAX);
     }

@@ -5,10 +5,11 @@ use std::process::Command;
 
 use proto::v1::card_client::CardClient;
 use proto::v1::network_card_client::NetworkCardClient;
+use proto::v1::storage_card_client::StorageCardClient;
 use proto::v1::{
     BlockDeviceSpec, CreateDeviceRequest, CreateNetworkRequest, DeleteDeviceRequest, DeleteNetworkRequest,
     Device, DeviceSpec, GetCardStatsRequest, IdentifyRequest, NetDeviceSpec, NetworkSpec, QueueStats,
-    device_spec,
+    ResizeDeviceRequest, device_spec,
 };
 use tokio::runtime::Runtime;
 use tonic::Status;
@@ -106,6 +107,14 @@ impl Card {
         let path = image.to_str().expect("path").to_owned();
         self.create_block(id, BlockDeviceSpec { path, queues, ..Default::default() })
             .expect("create block device")
+    }
+
+    /// Makes a disk longer, or with 0 as long as its image has become; its size then.
+    pub fn resize(&self, id: &str, size_bytes: u64) -> Result<u64, Status> {
+        let request = ResizeDeviceRequest { id: id.to_owned(), size_bytes };
+        let resized =
+            self.runtime.block_on(StorageCardClient::new(self.channel.clone()).resize_device(request));
+        resized.map(|r| r.into_inner().size_bytes)
     }
 
     /// Makes a network, with a TAP that has `address` on the host's side if both are given.

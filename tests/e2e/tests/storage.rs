@@ -5,6 +5,7 @@ use std::time::Duration;
 use e2e::card::Card;
 use e2e::vm::{Vm, config, slot};
 use e2e::{SOON, binary, image, temp_dir, wait_until};
+use proto::v1::ErrorReason;
 
 const JOB: &str = "job=blk-verify bytes=64M queues=2 qd=32 timeout=60";
 
@@ -265,10 +266,36 @@ fn a_socket_nobody_listens_on_is_named() {
     let error =
         vm.configure(config("vm", "job=idle", vec![slot("disk0", &device)])).expect_err("nobody listens");
     let error = proto::error::Error::from(error);
-    assert_eq!(error.reason(), proto::error::ErrorReason::DeviceUnreachable);
+    assert_eq!(error.reason(), ErrorReason::DeviceUnreachable);
     assert!(error.message().contains("nobody.sock"), "{error}");
     // The process is as it was: a good configuration is taken.
     vm.configure(config("vm", "job=idle", vec![])).expect("configure after an error");
     vm.run();
     vm.reports.wait("boot", SOON);
+}
+
+/// The guest is interrupted, sees the new size and uses it; so does the card's successor.
+#[test]
+fn a_disk_grows_under_a_running_guest() {
+    let dir = temp_dir();
+    let mut card = Card::start("offload-blk", dir.path());
+    let image = image(dir.path(), "disk.img", 8 << 20);
+    let device = card.block("disk0", &image, 1);
+    let jobs = "job=blk-watch mode=irq secs=30 job=blk-verify bytes=16M qd=8 bs=64K";
+    let vm = Vm::boot(dir.path(), config("vm", jobs, vec![slot("disk0", &device)]));
+    vm.reports.wait("io_begin", SOON);
+    let reason = |e: tonic::Status| proto::error::Error::from(e).reason();
+    assert_eq!(reason(card.resize("disk0", 4 << 20).unwrap_err()), ErrorReason::InvalidField);
+    assert_eq!(reason(card.resize("none", 0).unwrap_err()), ErrorReason::DeviceNotFound);
+    assert_eq!(card.resize("disk0", 16 << 20).unwrap(), 16 << 20);
+    let results = vm.reports.finish(Duration::from_secs(120));
+    assert_eq!(results[0]["changed"], true, "{results:#?}");
+    assert_eq!((&results[0]["before"], &results[0]["after"]), (&(8 << 11).into(), &(16 << 11).into()));
+    assert_eq!((&results[1]["errors"], &results[1]["mismatches"]), (&0.into(), &0.into()));
+    assert_eq!(std::fs::metadata(&image).expect("image").len(), 16 << 20);
+    card.kill9();
+    card.restart();
+    // By hand, and then told.
+    std::fs::File::options().write(true).open(&image).expect("image").set_len(20 << 20).expect("longer");
+    assert_eq!(card.resize("disk0", 0).unwrap(), 20 << 20);
 }
