@@ -113,6 +113,8 @@ fn complete_disk(i: usize, disk: &mut DiskSpec, vcpus: u32) -> Result<(), Error>
     }
     check_name(&format!("spec.disks[{i}].id"), "a disk's id", &disk.id, 32)?;
     check_path(&format!("spec.disks[{i}].path"), "disk", &disk.path)?;
+    disk.limits = disk.limits.filter(|l| !l.is_none());
+    disk.limits.unwrap_or_default().check().map_err(|e| e.resource(disk.id.clone()))?;
     if disk.queues == 0 {
         disk.queues = vcpus.min(DISK_QUEUES_MAX);
     }
