@@ -30,7 +30,7 @@ impl Kind {
             Op::Read => Self::Read,
             Op::Write | Op::WriteThrough => Self::Write,
             Op::Sync => Self::Flush,
-            Op::Punch | Op::Zero => Self::Erase,
+            Op::Discard | Op::Punch | Op::Zero => Self::Erase,
         }
     }
 }

@@ -140,6 +140,29 @@ pub(crate) enum VmCommand {
         #[arg(value_name = "SIZE")]
         size: Option<Size>,
     },
+    /// Set what a VM may do with a disk per second, at once; what is not given is not limited any more
+    #[command(
+        after_help = "Examples:\n  outboard vm limit web disk0 --iops 500 --bps 50M\n  outboard vm limit web disk0 --iops 500 --iops-burst 30000\n  outboard vm limit web disk0"
+    )]
+    Limit {
+        #[command(flatten)]
+        vm: Name,
+        /// Id of the disk
+        #[arg(value_name = "DISK")]
+        disk: String,
+        /// Requests per second
+        #[arg(long, value_name = "N", default_value_t = 0, hide_default_value = true)]
+        iops: u64,
+        /// Requests that may be done at once after a pause [default: a hundredth of a second's]
+        #[arg(long, value_name = "N", default_value_t = 0, hide_default_value = true)]
+        iops_burst: u64,
+        /// Bytes per second, reads and writes together
+        #[arg(long, value_name = "SIZE", default_value = "0", hide_default_value = true)]
+        bps: Size,
+        /// Bytes that may be moved at once after a pause [default: a hundredth of a second's]
+        #[arg(long, value_name = "SIZE", default_value = "0", hide_default_value = true)]
+        bps_burst: Size,
+    },
     /// Remove a VM; its disk images stay
     #[command(
         visible_alias = "remove",

@@ -6,9 +6,9 @@ use std::time::Duration;
 
 use clap::{CommandFactory, Parser};
 use proto::v1::{
-    BootSource, CreateNetworkRequest, CreateVmRequest, DeleteNetworkRequest, DeleteVmRequest, GetVmRequest,
-    ListCardsRequest, ListNetworksRequest, ListVmsRequest, NetworkSpec, RebootVmRequest, ResizeDiskRequest,
-    StartVmRequest, StopVmRequest, Vm, VmSpec, WatchEventsRequest,
+    BootSource, CreateNetworkRequest, CreateVmRequest, DeleteNetworkRequest, DeleteVmRequest, DeviceLimits,
+    GetVmRequest, ListCardsRequest, ListNetworksRequest, ListVmsRequest, NetworkSpec, RebootVmRequest,
+    ResizeDiskRequest, SetDiskLimitsRequest, StartVmRequest, StopVmRequest, Vm, VmSpec, WatchEventsRequest,
 };
 
 mod args;
@@ -116,6 +116,22 @@ async fn vm(cli: &Cli, client: &Client, command: &VmCommand) -> Result<(), Failu
             let resized = client.wait(&format!("Resizing {disk}"), SLOW, api.resize_disk(request)).await?;
             let size = view::DiskSize { disk: disk.clone(), size_bytes: resized.size_bytes };
             render::print(cli.output, &size, || format!("{disk} has {}\n", Size(size.size_bytes)))
+        }
+        VmCommand::Limit { vm, disk, iops, iops_burst, bps, bps_burst } => {
+            let limits = DeviceLimits {
+                operations_per_second: *iops,
+                operations_burst: *iops_burst,
+                bytes_per_second: bps.0,
+                bytes_burst: bps_burst.0,
+            };
+            let request =
+                SetDiskLimitsRequest { vm: vm.vm.clone(), disk: disk.clone(), limits: Some(limits) };
+            let doing = format!("Setting the limits of {disk}");
+            let vm = view::Vm::new(client.wait(&doing, QUICK, api.set_disk_limits(request)).await?, now_us());
+            render::print(cli.output, &vm, || match render::limits(&view::Limits::from(limits)).as_str() {
+                "" => format!("{disk} of {} has no limits\n", vm.name),
+                limits => format!("{disk} of {} may do {limits}\n", vm.name),
+            })
         }
         VmCommand::Rm { vm, force } => {
             let request = DeleteVmRequest { vm: vm.vm.clone(), force: *force };

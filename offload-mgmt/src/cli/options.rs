@@ -4,7 +4,7 @@ use std::fmt;
 use std::path::PathBuf;
 use std::str::FromStr;
 
-use proto::v1::{DiskSpec, ImageFormat, NicSpec};
+use proto::v1::{DeviceLimits, DiskSpec, ImageFormat, NicSpec};
 
 /// A size in bytes, written with K, M, G or T for powers of 1024.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -51,7 +51,7 @@ impl FromStr for DiskOption {
     type Err = String;
 
     fn from_str(s: &str) -> Result<Self, String> {
-        let mut disk = DiskSpec::default();
+        let (mut disk, mut limits) = (DiskSpec::default(), DeviceLimits::default());
         for pair in Pairs::new(s, "path") {
             match pair.key.as_str() {
                 "path" => disk.path = absolute(&pair.value()?)?,
@@ -61,9 +61,19 @@ impl FromStr for DiskOption {
                 "direct" => disk.direct = pair.flag()?,
                 "queues" => disk.queues = pair.number()?,
                 "card" => disk.card = pair.value()?,
-                _ => return Err(pair.unknown("path, format, id, readonly, direct, queues, card")),
+                "iops" => limits.operations_per_second = pair.count()?,
+                "iops-burst" => limits.operations_burst = pair.count()?,
+                "bps" => limits.bytes_per_second = pair.size()?,
+                "bps-burst" => limits.bytes_burst = pair.size()?,
+                _ => {
+                    let known =
+                        "path, format, id, readonly, direct, queues, card, iops, iops-burst, bps, bps-burst";
+                    return Err(pair.unknown(known));
+                }
             }
         }
+        limits.check().map_err(|e| e.message().to_owned())?;
+        disk.limits = Some(limits).filter(|l| !l.is_none());
         if disk.path.is_empty() {
             return Err("a disk needs a path: --disk /srv/root.img or --disk path=/srv/root.img".to_owned());
         }
@@ -173,9 +183,23 @@ impl Pair {
     }
 
     fn number(self) -> Result<u32, String> {
+        self.parsed()
+    }
+
+    fn count(self) -> Result<u64, String> {
+        self.parsed()
+    }
+
+    fn parsed<T: FromStr>(self) -> Result<T, String> {
         let key = self.key.clone();
         let value = self.value()?;
         value.parse().map_err(|_| format!("{key}={value}: \"{value}\" is no number"))
+    }
+
+    fn size(self) -> Result<u64, String> {
+        let key = self.key.clone();
+        let size: Size = self.value()?.parse().map_err(|e| format!("{key}: {e}"))?;
+        Ok(size.0)
     }
 
     fn flag(self) -> Result<bool, String> {
@@ -225,6 +249,13 @@ mod tests {
             Ok(DiskSpec { id: "root".into(), queues: 4, direct: true, card: "fast".into(), ..plain })
         );
         assert_eq!(disk("/x.img,format=qcow2").map(|d| d.format()), Ok(ImageFormat::Qcow2));
+        let limits =
+            DeviceLimits { operations_per_second: 500, bytes_per_second: 20 << 20, ..Default::default() };
+        assert_eq!(disk("/x.img,iops=500,bps=20M").map(|d| d.limits), Ok(Some(limits)));
+        let burst = DeviceLimits { operations_burst: 900, bytes_burst: 1 << 30, ..limits };
+        let option = "/x.img,iops=500,bps=20M,iops-burst=900,bps-burst=1G";
+        assert_eq!(disk(option).map(|d| d.limits), Ok(Some(burst)));
+        assert_eq!(disk("/x.img,iops=0").map(|d| d.limits), Ok(None));
         assert_eq!(disk("/a,,b=c").map(|d| d.path), Ok("/a,b=c".into()));
         let here = std::env::current_dir().expect("directory").join("x.img");
         assert_eq!(disk("x.img").map(|d| PathBuf::from(d.path)), Ok(here));
@@ -234,6 +265,10 @@ mod tests {
             ("id=a", "needs a path"),
             ("/x,queues=many", "no number"),
             ("/x,queues", "needs a value"),
+            ("/x,iops=5k", "no number"),
+            ("/x,bps=fast", "powers of 1024"),
+            ("/x,bps=1", "4096"),
+            ("/x,iops-burst=5", "without a limit"),
             ("/x,fast", "known are"),
             ("/x,format=vmdk", "known are: raw, qcow2"),
             ("/x,readonly=maybe", "readonly=on"),

@@ -10,7 +10,7 @@ use serde::Serialize;
 use super::args::Output;
 use super::failure::{BUG, Failure};
 use super::options::Size;
-use super::view::{Card, Event, Network, Stats, Vm, What};
+use super::view::{Card, Event, Limits, Network, Stats, Vm, What};
 
 /// Prints `text`, or `json` as one document.
 ///
@@ -87,11 +87,12 @@ pub(crate) fn vm(vm: &Vm) -> String {
         let (pci, link) = link(&d.id);
         let options = [("read-only", d.read_only), ("direct", d.direct), ("qcow2", d.format == "qcow2")];
         let options: Vec<_> = options.iter().filter(|(_, set)| *set).map(|(name, _)| *name).collect();
-        vec![d.id.clone(), d.path.clone(), d.card.clone(), d.queues.to_string(), options.join(","), pci, link]
+        let (queues, limits) = (d.queues.to_string(), limits(&d.limits));
+        vec![d.id.clone(), d.path.clone(), d.card.clone(), queues, options.join(","), limits, pci, link]
     });
     if !vm.disks.is_empty() {
         text.push('\n');
-        text += &table(&["DISK", "PATH", "CARD", "QUEUES", "OPTIONS", "PCI", "LINK"], disks);
+        text += &table(&["DISK", "PATH", "CARD", "QUEUES", "OPTIONS", "LIMITS", "PCI", "LINK"], disks);
     }
     let nics = vm.nics.iter().map(|n| {
         let (pci, link) = link(&n.id);
@@ -103,6 +104,21 @@ pub(crate) fn vm(vm: &Vm) -> String {
         text += &table(&["NIC", "NETWORK", "CARD", "MAC", "PAIRS", "PCI", "LINK"], nics);
     }
     text
+}
+
+/// A disk's limits in words; empty if there are none.
+pub(crate) fn limits(limits: &Limits) -> String {
+    let mut words = Vec::new();
+    let mut add = |rate: Option<String>, burst: Option<String>| match (rate, burst) {
+        (Some(rate), Some(burst)) => words.push(format!("{rate} (burst {burst})")),
+        (Some(rate), None) => words.push(rate),
+        (None, _) => {}
+    };
+    let set = |n: u64| Some(n).filter(|n| *n > 0);
+    add(set(limits.iops).map(|n| format!("{n} IOPS")), set(limits.iops_burst).map(|n| n.to_string()));
+    let size = |n| Size(n).to_string();
+    add(set(limits.bytes_per_second).map(|n| format!("{}/s", size(n))), set(limits.bytes_burst).map(size));
+    words.join(", ")
 }
 
 /// `outboard vm stats`
@@ -119,17 +135,49 @@ pub(crate) fn stats(stats: &Stats) -> String {
         let exits = stats.userspace_exits.iter().map(|(reason, n)| vec![reason.clone(), n.to_string()]);
         text += &table(&["EXIT", "COUNT"], exits);
     }
+    let mut operations =
+        stats.devices.iter().flat_map(|d| d.operations.iter().map(move |o| (d, o))).peekable();
+    if operations.peek().is_some() {
+        text.push('\n');
+        let operations = operations.map(|(d, o)| {
+            let time = |ns: Option<u64>| ns.map(micros).unwrap_or_default();
+            let (requests, errors) = (o.requests.to_string(), o.errors.to_string());
+            vec![
+                d.id.clone(),
+                o.name.clone(),
+                requests,
+                errors,
+                time(o.mean_ns),
+                time(o.p50_ns),
+                time(o.p99_ns),
+            ]
+        });
+        text += &table(&["DEVICE", "REQUEST", "COUNT", "ERRORS", "MEAN US", "P50 US", "P99 US"], operations);
+    }
     let queues = stats.devices.iter().flat_map(|d| {
         d.queues.iter().map(|q| {
             let numbers =
                 [q.requests, q.bytes_in, q.bytes_out, q.errors, q.dropped, q.kicks, q.calls, q.in_flight];
             let mut row = vec![d.id.clone(), q.index.to_string()];
             row.extend(numbers.iter().map(u64::to_string));
+            row.push((q.throttled_ns / 1_000_000).to_string());
             row
         })
     });
     let queues = table(
-        &["DEVICE", "QUEUE", "REQUESTS", "IN", "OUT", "ERRORS", "DROPPED", "KICKS", "CALLS", "IN FLIGHT"],
+        &[
+            "DEVICE",
+            "QUEUE",
+            "REQUESTS",
+            "IN",
+            "OUT",
+            "ERRORS",
+            "DROPPED",
+            "KICKS",
+            "CALLS",
+            "IN FLIGHT",
+            "LIMITED MS",
+        ],
         queues,
     );
     if !stats.devices.is_empty() {
@@ -196,6 +244,17 @@ fn table(header: &[&str], rows: impl Iterator<Item = Vec<String>>) -> String {
     text
 }
 
+/// Nanoseconds as microseconds, to three digits or more.
+fn micros(ns: u64) -> String {
+    match ns {
+        // What was longer than the longest bucket.
+        u64::MAX => "> 30000000".to_owned(),
+        0..10_000 => format!("{}.{:02}", ns / 1000, ns % 1000 / 10),
+        10_000..100_000 => format!("{}.{}", ns / 1000, ns % 1000 / 100),
+        _ => (ns / 1000).to_string(),
+    }
+}
+
 /// "2d 3h", "3h 12m", "5m 7s", "42s".
 fn duration(seconds: u64) -> String {
     let (days, hours, minutes) = (seconds / 86_400, seconds / 3600 % 24, seconds / 60 % 60);
@@ -226,6 +285,16 @@ mod tests {
     #[test]
     fn nobody_talks_to_the_terminal() {
         assert_eq!(plain("a\x1b[2Jb\n\u{9b}c"), "a\u{fffd}[2Jb\n\u{fffd}c");
+    }
+
+    #[test]
+    fn limits_are_said_in_words() {
+        let none = Limits { iops: 0, iops_burst: 0, bytes_per_second: 0, bytes_burst: 0 };
+        assert_eq!(limits(&none), "");
+        assert_eq!(limits(&Limits { iops: 500, ..none }), "500 IOPS");
+        let all = Limits { iops: 500, iops_burst: 900, bytes_per_second: 20 << 20, bytes_burst: 1 << 30 };
+        assert_eq!(limits(&all), "500 IOPS (burst 900), 20M/s (burst 1G)");
+        assert_eq!([1234, 12_345, 123_456].map(micros), ["1.23", "12.3", "123"]);
     }
 
     #[test]

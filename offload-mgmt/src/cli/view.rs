@@ -62,6 +62,21 @@ pub(crate) struct Disk {
     pub queues: u32,
     /// The card that serves it.
     pub card: String,
+    /// What the guest may do with it per second.
+    pub limits: Limits,
+}
+
+/// Limits of a disk; 0: none.
+#[derive(Debug, Serialize)]
+pub(crate) struct Limits {
+    /// Requests per second.
+    pub iops: u64,
+    /// Requests at once after a pause; 0: a hundredth of a second's.
+    pub iops_burst: u64,
+    /// Bytes per second, reads and writes together.
+    pub bytes_per_second: u64,
+    /// Bytes at once after a pause; 0: a hundredth of a second's.
+    pub bytes_burst: u64,
 }
 
 /// How long a disk is.
@@ -201,8 +216,28 @@ pub(crate) struct DeviceStats {
     pub id: String,
     /// Connections the card accepted for it.
     pub connections: u64,
+    /// Its requests, by kind; empty if its card does not tell kinds apart.
+    pub operations: Vec<Operation>,
     /// Its queues.
     pub queues: Vec<QueueStats>,
+}
+
+/// Requests of one kind, over all queues of a device. Latencies are what the card took, without what came before and
+/// after; quantiles are known to a quarter, and are null without requests.
+#[derive(Debug, Serialize)]
+pub(crate) struct Operation {
+    /// "read", "write", "flush", ...
+    pub name: String,
+    /// Answered.
+    pub requests: u64,
+    /// Of these with an error.
+    pub errors: u64,
+    /// Mean latency.
+    pub mean_ns: Option<u64>,
+    /// Half of them took less.
+    pub p50_ns: Option<u64>,
+    /// 99 of 100 took less.
+    pub p99_ns: Option<u64>,
 }
 
 /// Counters of a queue.
@@ -219,6 +254,11 @@ pub(crate) struct QueueStats {
     pub calls: u64,
     pub in_flight: u64,
     pub resubmitted: u64,
+    pub batches: u64,
+    pub poll_hits: u64,
+    pub sleeps: u64,
+    pub throttled: u64,
+    pub throttled_ns: u64,
 }
 
 impl Vm {
@@ -257,8 +297,20 @@ impl From<v1::DiskSpec> for Disk {
             ImageFormat::Unspecified | ImageFormat::Raw => "raw",
             ImageFormat::Qcow2 => "qcow2",
         };
-        let v1::DiskSpec { id, path, read_only, queues, card, direct, format: _ } = d;
-        Self { id, path, format: format.to_owned(), read_only, direct, queues, card }
+        let v1::DiskSpec { id, path, read_only, queues, card, direct, format: _, limits } = d;
+        let limits = limits.unwrap_or_default().into();
+        Self { id, path, format: format.to_owned(), read_only, direct, queues, card, limits }
+    }
+}
+
+impl From<v1::DeviceLimits> for Limits {
+    fn from(l: v1::DeviceLimits) -> Self {
+        Self {
+            iops: l.operations_per_second,
+            iops_burst: l.operations_burst,
+            bytes_per_second: l.bytes_per_second,
+            bytes_burst: l.bytes_burst,
+        }
     }
 }
 
@@ -353,6 +405,7 @@ impl From<v1::DeviceStats> for DeviceStats {
         Self {
             id: d.id,
             connections: d.connections,
+            operations: operations(&d.queues),
             queues: d.queues.into_iter().map(QueueStats::from).collect(),
         }
     }
@@ -371,7 +424,45 @@ impl From<v1::QueueStats> for QueueStats {
             calls: q.calls,
             in_flight: q.in_flight,
             resubmitted: q.resubmitted,
+            batches: q.batches,
+            poll_hits: q.poll_hits,
+            sleeps: q.sleeps,
+            throttled: q.throttled,
+            throttled_ns: q.throttled_ns,
         }
+    }
+}
+
+/// What all queues have done, by kind, in the card's order.
+fn operations(queues: &[v1::QueueStats]) -> Vec<Operation> {
+    let known = queues.iter().map(|q| &q.operations).find(|o| !o.is_empty());
+    known.into_iter().flatten().map(|kind| operation(&kind.name, queues)).collect()
+}
+
+fn operation(name: &str, queues: &[v1::QueueStats]) -> Operation {
+    let all = || queues.iter().flat_map(|q| &q.operations).filter(|o| o.name == name);
+    let mut buckets = BTreeMap::new();
+    for bucket in all().flat_map(|o| &o.latency_ns) {
+        *buckets.entry(bucket.below).or_insert(0) += bucket.count;
+    }
+    let requests: u64 = buckets.values().sum();
+    let sum: u64 = all().map(|o| o.latency_sum_ns).sum();
+    let below = |percent: u128| {
+        let rank = (u128::from(requests) * percent).div_ceil(100);
+        let mut seen = 0;
+        let bucket = buckets.iter().find(|(_, count)| {
+            seen += u128::from(**count);
+            seen >= rank
+        });
+        bucket.map(|(below, _)| *below)
+    };
+    Operation {
+        name: name.to_owned(),
+        requests,
+        errors: all().map(|o| o.errors).sum(),
+        mean_ns: sum.checked_div(requests),
+        p50_ns: below(50),
+        p99_ns: below(99),
     }
 }
 
@@ -410,6 +501,31 @@ mod tests {
             json,
             r#"{"sequence":7,"time_us":1,"vm_id":"a","vm_name":"web","event":"state","state":"running"}"#
         );
+    }
+
+    #[test]
+    fn quantiles_are_those_of_all_queues() {
+        let queue = |buckets: &[(u64, u64)]| {
+            let latency_ns = buckets.iter().map(|(below, count)| v1::Bucket { below: *below, count: *count });
+            let op = v1::OperationStats {
+                name: "read".into(),
+                latency_ns: latency_ns.collect(),
+                latency_sum_ns: 50_000,
+                errors: 1,
+            };
+            v1::QueueStats { operations: vec![op], ..Default::default() }
+        };
+        // One that was never started knows no kinds.
+        let queues = [
+            v1::QueueStats::default(),
+            queue(&[(128, 40), (256, 8)]),
+            queue(&[(128, 9), (256, 42), (512, 1)]),
+        ];
+        let ops = operations(&queues);
+        assert_eq!((ops.len(), ops[0].requests, ops[0].errors, ops[0].mean_ns), (1, 100, 2, Some(1000)));
+        assert_eq!((ops[0].p50_ns, ops[0].p99_ns), (Some(256), Some(256)));
+        let none = operation("write", &queues);
+        assert_eq!((none.requests, none.mean_ns, none.p99_ns), (0, None, None));
     }
 
     #[test]

@@ -16,7 +16,8 @@ use proto::v1::network_card_client::NetworkCardClient;
 use proto::v1::storage_card_client::StorageCardClient;
 use proto::v1::{
     CardInfo, CreateDeviceRequest, CreateNetworkRequest, DeleteDeviceRequest, DeleteNetworkRequest, Device,
-    DeviceSpec, DeviceStats, GetCardStatsRequest, IdentifyRequest, Network, NetworkSpec, ResizeDeviceRequest,
+    DeviceLimits, DeviceSpec, DeviceStats, GetCardStatsRequest, IdentifyRequest, Network, NetworkSpec,
+    ResizeDeviceRequest, SetLimitsRequest,
 };
 use tokio::sync::{Notify, OwnedMutexGuard};
 use tonic::transport::Channel;
@@ -147,6 +148,34 @@ impl Card {
     /// A device that should exist, and may already.
     pub(crate) fn want_device(&self, spec: &DeviceSpec) {
         self.wanted().devices.insert(spec.id.clone(), spec.clone());
+    }
+
+    /// Sets what a device may do per second. One that the card has lost gets it when it is made again.
+    ///
+    /// # Errors
+    /// CARD_UNREACHABLE, or why the card does not do it. It is to be as it was before; [`Card::look_after`] sees to that.
+    pub(crate) async fn set_limits(&self, id: &str, limits: Option<DeviceLimits>) -> Result<(), Error> {
+        let _alone = self.alone(id).await;
+        let request = SetLimitsRequest { id: id.to_owned(), limits };
+        let answer = self
+            .call(|c| {
+                let request = request.clone();
+                async move { CardClient::new(c).set_limits(request).await }
+            })
+            .await;
+        match answer {
+            Err(Failure::Refused(e)) if e.code() == Code::NotFound => self.look_after(),
+            Err(failure) => {
+                // Without an answer they may be set.
+                self.look_after();
+                return Err(self.error(failure));
+            }
+            Ok(_) => {}
+        }
+        if let Some(spec) = self.wanted().devices.get_mut(id) {
+            spec.limits = limits;
+        }
+        Ok(())
     }
 
     /// Deletes devices that may exist. If the card does not answer, that is remembered and done when it does; after the

@@ -136,15 +136,15 @@ impl Cards {
     /// # Errors
     /// INVALID_FIELD for a card that is no longer configured.
     pub(crate) fn devices_of(&self, vm: &str, spec: &VmSpec) -> Result<Vec<Placed>, Error> {
-        let disks = spec.disks.iter().map(|d| (d.id.as_str(), d.card.as_str(), block(d)));
-        let nics = spec.nics.iter().map(|n| (n.id.as_str(), n.card.as_str(), net(n)));
+        let disks = spec.disks.iter().map(|d| (d.id.as_str(), d.card.as_str(), block(d), d.limits));
+        let nics = spec.nics.iter().map(|n| (n.id.as_str(), n.card.as_str(), net(n), None));
         disks
             .chain(nics)
-            .map(|(slot, card, kind)| {
+            .map(|(slot, card, kind, limits)| {
                 Ok(Placed {
                     slot: slot.to_owned(),
                     card: Arc::clone(self.get(card)?),
-                    spec: DeviceSpec { id: device_id(vm, slot), kind: Some(kind), limits: None },
+                    spec: DeviceSpec { id: device_id(vm, slot), kind: Some(kind), limits },
                 })
             })
             .collect()

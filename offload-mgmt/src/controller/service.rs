@@ -12,7 +12,8 @@ use proto::v1::{
     DeleteNetworkResponse, DeleteVmRequest, DeleteVmResponse, Event, GetInfoRequest, GetStatsRequest,
     GetVmRequest, ListCardsRequest, ListCardsResponse, ListNetworksRequest, ListNetworksResponse,
     ListVmsRequest, ListVmsResponse, Network, RebootVmRequest, ResizeDiskRequest, ResizeDiskResponse,
-    SlotInfo, StartVmRequest, StopVmRequest, Vm as VmMessage, VmStats, WatchEventsRequest,
+    SetDiskLimitsRequest, SlotInfo, StartVmRequest, StopVmRequest, Vm as VmMessage, VmStats,
+    WatchEventsRequest,
 };
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming};
@@ -142,6 +143,19 @@ impl Api for Controller {
         let (this, vm) = (self.clone(), self.find(&request.into_inner().vm)?);
         detached(async move {
             vm.reboot().await?;
+            Ok(this.shown(&vm).await)
+        })
+        .await
+    }
+
+    async fn set_disk_limits(
+        &self,
+        request: Request<SetDiskLimitsRequest>,
+    ) -> Result<Response<VmMessage>, Status> {
+        let SetDiskLimitsRequest { vm, disk, limits } = request.into_inner();
+        let (this, vm) = (self.clone(), self.find(&vm)?);
+        detached(async move {
+            vm.set_disk_limits(&disk, limits.filter(|l| !l.is_none())).await?;
             Ok(this.shown(&vm).await)
         })
         .await

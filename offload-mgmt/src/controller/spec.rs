@@ -118,6 +118,8 @@ fn complete_disk(i: usize, disk: &mut DiskSpec, vcpus: u32) -> Result<(), Error>
         return Err(Error::invalid_field(&format!("spec.disks[{i}].format"), message)
             .remedy("leave it out for a raw image, or use a controller that knows it"));
     }
+    disk.limits = disk.limits.filter(|l| !l.is_none());
+    disk.limits.unwrap_or_default().check().map_err(|e| e.resource(disk.id.clone()))?;
     if disk.queues == 0 {
         disk.queues = vcpus.min(DISK_QUEUES_MAX);
     }

@@ -5,5 +5,6 @@ mod command;
 mod create;
 mod daemon;
 mod life;
+mod limits;
 mod restart;
 mod support;

@@ -8,8 +8,8 @@ use proto::v1::network_card_client::NetworkCardClient;
 use proto::v1::storage_card_client::StorageCardClient;
 use proto::v1::{
     BlockDeviceSpec, CreateDeviceRequest, CreateNetworkRequest, DeleteDeviceRequest, DeleteNetworkRequest,
-    Device, DeviceSpec, GetCardStatsRequest, IdentifyRequest, NetDeviceSpec, NetworkSpec, QueueStats,
-    ResizeDeviceRequest, device_spec,
+    Device, DeviceLimits, DeviceSpec, GetCardStatsRequest, IdentifyRequest, NetDeviceSpec, NetworkSpec,
+    QueueStats, ResizeDeviceRequest, SetLimitsRequest, device_spec,
 };
 use tokio::runtime::Runtime;
 use tonic::Status;
@@ -150,6 +150,13 @@ impl Card {
         let spec = NetDeviceSpec { network: network.to_owned(), mac: mac(n).to_vec(), ..Default::default() };
         let kind = Some(device_spec::Kind::Net(spec));
         self.create(DeviceSpec { id: id.to_owned(), kind, limits: None })
+    }
+
+    /// Sets what a device may do per second.
+    pub fn set_limits(&self, id: &str, limits: DeviceLimits) {
+        let request = SetLimitsRequest { id: id.to_owned(), limits: Some(limits) };
+        let answer = self.runtime.block_on(CardClient::new(self.channel.clone()).set_limits(request));
+        answer.expect("set limits");
     }
 
     /// Removes a device; returns when nothing of it is left.

@@ -52,6 +52,7 @@ pub(crate) fn spawn(ctx: &Arc<Context>, record: VmRecord, begin: Begin) -> Arc<V
         remains: false,
         creation: if matches!(begin, Begin::Create { .. }) { Creation::Pending } else { Creation::Done },
         hypervisor: None,
+        limits: record.spec.iter().flat_map(|s| &s.disks).map(|d| d.limits).collect(),
     };
     let (vm, view, commands) = Vm::new(&record, view);
     let actor = Actor {
@@ -196,6 +197,10 @@ impl Actor {
                 let result = self.reboot().await;
                 answer(reply, result);
             }
+            Command::SetDiskLimits { disk, limits, reply } => {
+                let result = self.set_disk_limits(&disk, limits).await;
+                answer(reply, result);
+            }
             Command::Delete { force, reply } => {
                 if self.live.is_some() && !force {
                     let remedy = format!("stop it first, or: outboard vm rm --force {}", self.vm.spec.name);
@@ -229,7 +234,7 @@ impl Actor {
     }
 
     async fn try_create(&mut self, start: bool) -> Result<(), Error> {
-        check(&self.ctx, &self.vm.id, &self.vm.spec).await?;
+        check(&self.ctx, &self.vm.id, &self.vm.current_spec()).await?;
         if start {
             self.ctx.registry.check_images(&self.vm)?;
         }
@@ -293,7 +298,7 @@ impl Actor {
             let remedy = format!("see: outboard vm show {}", self.vm.spec.name);
             return Err(self.vm.wrong_state("runs already", remedy));
         }
-        check(&self.ctx, &self.vm.id, &self.vm.spec).await?;
+        check(&self.ctx, &self.vm.id, &self.vm.current_spec()).await?;
         self.clear_away().await?;
         let before = self.vm.view();
         // Seen by others from here on, so that of two VMs with one image at most one is started.
@@ -328,7 +333,7 @@ impl Actor {
     /// Brings the VM up, while commands that end it at once interrupt that and all others wait.
     async fn bring_up(&mut self) -> Result<Up, Error> {
         let (cancel, cancelled) = watch::channel(false);
-        let up = bring_up(Arc::clone(&self.ctx), self.vm.id.clone(), self.vm.spec.clone(), cancelled);
+        let up = bring_up(Arc::clone(&self.ctx), self.vm.id.clone(), self.vm.current_spec(), cancelled);
         tokio::pin!(up);
         loop {
             tokio::select! {

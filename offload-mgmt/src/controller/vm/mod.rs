@@ -17,7 +17,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use proto::error::{Error, ErrorReason};
-use proto::v1::{self, SlotInfo, VmSpec, VmState};
+use proto::v1::{self, DeviceLimits, SlotInfo, VmSpec, VmState};
 use tokio::sync::{mpsc, oneshot, watch};
 use tonic::Code;
 use tonic::transport::Channel;
@@ -27,6 +27,7 @@ use super::store::VmRecord;
 
 mod actor;
 mod ending;
+mod limits;
 mod recover;
 mod start;
 
@@ -37,7 +38,7 @@ pub(crate) use actor::{Begin, spawn};
 pub(crate) struct Vm {
     /// Its id.
     pub id: String,
-    /// With every default filled in.
+    /// With every default filled in, as it was when this controller came to know it: see [`Vm::current_spec`].
     pub spec: VmSpec,
     /// The token of the client that made it, or empty.
     pub token: String,
@@ -68,6 +69,8 @@ pub(crate) struct View {
     pub creation: Creation,
     /// A connection to its hypervisor while it runs.
     pub hypervisor: Option<Channel>,
+    /// Limits of its disks, in their order.
+    pub limits: Vec<Option<DeviceLimits>>,
 }
 
 /// How far a VM's creation is.
@@ -90,6 +93,7 @@ enum Command {
     Stop { graceful: bool, timeout: Duration, reply: Reply },
     Reboot(Reply),
     Delete { force: bool, reply: Reply },
+    SetDiskLimits { disk: String, limits: Option<DeviceLimits>, reply: Reply },
 }
 
 impl Command {
@@ -121,12 +125,21 @@ impl Vm {
         self.view.borrow().clone()
     }
 
+    /// Its specification, with what has been changed since.
+    pub(crate) fn current_spec(&self) -> VmSpec {
+        let mut spec = self.spec.clone();
+        for (disk, limits) in spec.disks.iter_mut().zip(&self.view.borrow().limits) {
+            disk.limits = *limits;
+        }
+        spec
+    }
+
     /// What it is now, as the API has it.
     pub(crate) fn message(&self, slots: Vec<SlotInfo>) -> v1::Vm {
         let view = self.view();
         v1::Vm {
             id: self.id.clone(),
-            spec: Some(self.spec.clone()),
+            spec: Some(self.current_spec()),
             state: view.state.into(),
             detail: view.detail,
             created_us: self.created_us,
@@ -199,6 +212,19 @@ impl Vm {
     /// WRONG_STATE, or what the hypervisor answers.
     pub(crate) async fn reboot(&self) -> Result<(), Error> {
         self.ask(Command::Reboot).await
+    }
+
+    /// Sets what it may do with a disk per second.
+    ///
+    /// # Errors
+    /// INVALID_FIELD, DEVICE_NOT_FOUND if it has no such disk, or why its card does not do it.
+    pub(crate) async fn set_disk_limits(
+        &self,
+        disk: &str,
+        limits: Option<DeviceLimits>,
+    ) -> Result<(), Error> {
+        limits.unwrap_or_default().check()?;
+        self.ask(|reply| Command::SetDiskLimits { disk: disk.to_owned(), limits, reply }).await
     }
 
     /// Removes it.

@@ -85,7 +85,7 @@ impl Actor {
         {
             tracing::error!(vm = self.vm.id, "{e}");
         }
-        match self.ctx.cards.devices_of(&self.vm.id, &self.vm.spec) {
+        match self.ctx.cards.devices_of(&self.vm.id, &self.vm.current_spec()) {
             Ok(devices) => {
                 for device in devices {
                     device.card.want_device(&device.spec);

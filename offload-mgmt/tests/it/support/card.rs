@@ -12,7 +12,7 @@ use proto::v1::{
     CardInfo, CardStats, CreateDeviceRequest, CreateNetworkRequest, DeleteDeviceRequest,
     DeleteDeviceResponse, DeleteNetworkRequest, DeleteNetworkResponse, Device, DeviceSpec, DeviceStats,
     GetCardStatsRequest, IdentifyRequest, ListDevicesRequest, ListDevicesResponse, ListNetworksRequest,
-    ListNetworksResponse, Network, NetworkSpec, device_spec::Kind,
+    ListNetworksResponse, Network, NetworkSpec, SetLimitsRequest, device_spec::Kind,
 };
 use tokio::net::UnixListener;
 use tokio::runtime::Runtime;
@@ -178,7 +178,7 @@ impl Card for Service {
             return Err(refused(&spec.id));
         }
         if let Some(there) = state.devices.get(&spec.id)
-            && *there != spec
+            && there.kind != spec.kind
         {
             let e = Error::new(Code::AlreadyExists, ErrorReason::DeviceExists, "another one is there");
             return Err(e.into());
@@ -189,6 +189,17 @@ impl Card for Service {
             state.devices.insert(spec.id.clone(), spec);
         }
         Ok(Response::new(device))
+    }
+
+    async fn set_limits(&self, request: Request<SetLimitsRequest>) -> Result<Response<Device>, Status> {
+        self.before_change().await;
+        let SetLimitsRequest { id, limits } = request.into_inner();
+        let mut state = self.state.lock().expect("state");
+        let Some(spec) = state.devices.get_mut(&id) else {
+            return Err(Error::new(Code::NotFound, ErrorReason::DeviceNotFound, "no such device").into());
+        };
+        spec.limits = limits;
+        Ok(Response::new(Device { spec: Some(spec.clone()), ..Device::default() }))
     }
 
     async fn delete_device(
