@@ -81,10 +81,22 @@ impl Card {
         self.process.kill9();
     }
 
+    /// SIGTERM, and waits for the orderly end.
+    pub fn stop(&mut self) {
+        self.process.signal(nix::sys::signal::Signal::SIGTERM);
+        let status = self.process.wait(SOON);
+        assert!(status.success(), "{} ended with {status}", self.program);
+    }
+
     /// Starts it again where it was; returns when it answers.
     pub fn restart(&mut self) {
-        self.process = Self::spawn(self.program, &self.dir, &self.arguments);
+        self.start_again();
         self.wait_ready();
+    }
+
+    /// Starts it again where it was, and does not wait for it.
+    pub fn start_again(&mut self) {
+        self.process = Self::spawn(self.program, &self.dir, &self.arguments);
     }
 
     fn create(&self, spec: DeviceSpec) -> Result<Device, Status> {
@@ -170,6 +182,14 @@ impl Card {
         let request = GetCardStatsRequest { device_id: device.to_owned() };
         let stats = self.runtime.block_on(CardClient::new(self.channel.clone()).get_stats(request));
         stats.expect("card statistics").into_inner().devices.swap_remove(0).queues
+    }
+
+    /// Requests a device has taken, over all queues; `None`: the card does not serve it now.
+    pub fn try_requests(&self, device: &str) -> Option<u64> {
+        let request = GetCardStatsRequest { device_id: device.to_owned() };
+        let stats = self.runtime.block_on(CardClient::new(self.channel.clone()).get_stats(request)).ok()?;
+        let device = stats.into_inner().devices.pop()?;
+        Some(device.queues.iter().map(|q| q.requests).sum())
     }
 
     /// Requests a device has taken, over all queues.

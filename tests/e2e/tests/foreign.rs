@@ -23,24 +23,6 @@ fn qemu_drives_the_storage_card() {
 }
 
 #[test]
-fn qemu_survives_kill9_of_the_storage_card() {
-    let dir = temp_dir();
-    let mut card = Card::start("offload-blk", dir.path());
-    let device = card.block("disk0", &image(dir.path(), "disk.img", 32 << 20), 2);
-    let job = "end=triple job=blk-verify bytes=32M queues=2 qd=32 verify=mixed secs=12 timeout=60";
-    let qemu = Qemu::boot(dir.path(), job, &[&device]);
-    qemu.reports.wait("io_begin", Duration::from_secs(30));
-    for _ in 0..3 {
-        wait_until("requests after the start", SOON, || card.requests("disk0") > 200);
-        assert!(qemu.reports.all("io_end").is_empty(), "the I/O phase ended too early");
-        card.kill9();
-        card.restart();
-    }
-    let results = qemu.reports.finish(Duration::from_secs(120));
-    assert_eq!((&results[0]["errors"], &results[0]["mismatches"]), (&0.into(), &0.into()), "{results:#?}");
-}
-
-#[test]
 fn qemu_drives_the_network_card() {
     enter_new_network_namespace();
     let dir = temp_dir();

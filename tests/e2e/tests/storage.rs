@@ -86,52 +86,6 @@ fn the_hypervisor_holds_no_disk() {
     vm.process().kill9();
 }
 
-/// Fewest kills that say something. How many there are in the guest's time depends on how fast the machine is.
-const FEWEST_KILLS: u64 = 4;
-
-/// Invariant 3, in short: the card is killed again and again, at instants that have nothing to do with the I/O, and the
-/// guest's job completes and verifies.
-fn survives_kill9_of_the_card(most: u64, job: &str) {
-    let dir = temp_dir();
-    let mut card = Card::start("offload-blk", dir.path());
-    let device = card.block("disk0", &image(dir.path(), "disk.img", 64 << 20), 2);
-    let mut vm = Vm::boot(dir.path(), config("vm", job, vec![slot("disk0", &device)]));
-    vm.reports.wait("io_begin", SOON);
-    let mut kills = 0;
-    while kills < most {
-        let ended = || !vm.reports.all("io_end").is_empty();
-        wait_until("requests after the start", SOON, || card.requests("disk0") > 200 || ended());
-        std::thread::sleep(Duration::from_micros(kills * 7919 % 20_000));
-        if ended() {
-            break;
-        }
-        card.kill9();
-        card.restart();
-        kills += 1;
-    }
-    let results = vm.reports.finish(Duration::from_secs(180));
-    let result = &results[0];
-    assert_eq!((&result["errors"], &result["mismatches"]), (&0.into(), &0.into()), "{result}");
-    assert_eq!(result["needs_reset"], false, "{result}");
-    assert!(kills >= FEWEST_KILLS, "only {kills} kills met the guest at work");
-    // The guest may have been done when the last one came.
-    assert!(vm.info().slots[0].reconnects + 1 >= kills);
-    println!("{kills} kills; longest pause {} us; kicks {}", result["max_gap_us"], result["kicks"]);
-}
-
-#[test]
-fn kill9_of_the_card_under_a_polling_guest_loses_nothing() {
-    survives_kill9_of_the_card(20, "job=blk-verify bytes=64M queues=2 qd=32 verify=mixed secs=15 timeout=60");
-}
-
-#[test]
-fn kill9_of_the_card_under_an_interrupt_driven_guest_loses_nothing() {
-    survives_kill9_of_the_card(
-        10,
-        "job=blk-verify bytes=32M queues=2 qd=32 verify=mixed secs=10 mode=irq timeout=60",
-    );
-}
-
 #[test]
 fn a_dead_card_does_not_lock_the_vm_out() {
     let dir = temp_dir();

@@ -63,7 +63,7 @@ pub(crate) fn bench<'c>(
         duration: load.micros.map(|micros| context.clock.ticks(micros)),
         deadline: None,
     };
-    let mut load = Load::new(disk, source, context.clock, wanted);
+    let mut load = Load::new(disk, source, context.clock, wanted, load.gaps_us);
     load.fill_data(args.load.seed);
     Ok(Box::new(load))
 }

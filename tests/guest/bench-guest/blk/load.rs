@@ -60,10 +60,20 @@ pub(super) struct Load<'a, S> {
     errors: u64,
     first_error: Option<String>,
     timed_out: bool,
+    gaps: bool,
 }
 
 impl<'a, S: Source> Load<'a, S> {
-    pub(super) fn new(disk: Disk<'a>, source: S, clock: Clock, wanted: &guest::args::Device<'_>) -> Self {
+    pub(super) fn new(
+        mut disk: Disk<'a>,
+        source: S,
+        clock: Clock,
+        wanted: &guest::args::Device<'_>,
+        gaps_us: Option<u64>,
+    ) -> Self {
+        if let Some(micros) = gaps_us {
+            disk.queues.iter_mut().for_each(|queue| queue.keep_gaps(clock.ticks(micros)));
+        }
         Self {
             disk,
             source,
@@ -77,6 +87,7 @@ impl<'a, S: Source> Load<'a, S> {
             errors: 0,
             first_error: None,
             timed_out: false,
+            gaps: gaps_us.is_some(),
         }
     }
 
@@ -246,6 +257,11 @@ impl<S: Source> Job for Load<'_, S> {
                 "per_queue",
                 self.disk.queues.iter().map(|queue| queue.report(|ticks| clock.micros(ticks))),
             );
+        if self.gaps {
+            let since = |at: u64| clock.micros(at.saturating_sub(self.begun));
+            let all = self.disk.queues.iter().flat_map(|queue| &queue.stats.gaps);
+            event = event.pairs("gaps", all.map(|&(end, gap)| (since(end), clock.micros(gap))));
+        }
         if let Some(what) = &self.first_error {
             event = event.text("first_error", what);
         }

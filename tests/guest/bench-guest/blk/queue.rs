@@ -3,10 +3,14 @@
 use crate::memory::Dma;
 use crate::virtio;
 use alloc::string::String;
+use alloc::vec::Vec;
 use guest::histogram::Histogram;
 use guest::json::Object;
 pub(super) use guest::requests::{Completion, Op, Request};
 use guest::requests::{META, Requests};
+
+/// Most gaps that are kept, per queue.
+const MAX_GAPS: usize = 4096;
 
 /// What a queue counted.
 #[derive(Default)]
@@ -16,6 +20,8 @@ pub(super) struct Stats {
     pub(super) latency: Histogram,
     /// Longest time without a completion while requests were in flight, in ticks.
     pub(super) max_gap: u64,
+    /// When long ones ended, and how long they were, in ticks. Its room is there before I/O begins.
+    pub(super) gaps: Vec<(u64, u64)>,
 }
 
 /// A queue.
@@ -28,6 +34,8 @@ pub(super) struct Queue {
     block: usize,
     /// Last completion, or the submission that ended a time without requests.
     moved: u64,
+    /// From this length on, in ticks, a gap is kept.
+    long_gap: u64,
     pub(super) stats: Stats,
     /// Requests completed since the beginning of the I/O phase.
     pub(super) total: u64,
@@ -55,7 +63,22 @@ impl Queue {
         let requests = unsafe {
             Requests::new(&mut queue.ring, meta.pointer(), data.address(0), block, depth, indirect)
         };
-        Ok(Self { queue, requests, _meta: meta, data, block, moved: 0, stats: Stats::default(), total: 0 })
+        Ok(Self {
+            queue,
+            requests,
+            _meta: meta,
+            data,
+            block,
+            moved: 0,
+            long_gap: u64::MAX,
+            stats: Stats::default(),
+            total: 0,
+        })
+    }
+
+    /// Keeps the gaps of at least `ticks`.
+    pub(super) fn keep_gaps(&mut self, ticks: u64) {
+        self.long_gap = ticks;
     }
 
     pub(super) fn ring_size(&self) -> u16 {
@@ -123,7 +146,11 @@ impl Queue {
         self.stats.ops += 1;
         self.stats.bytes += u64::from(done.request.len);
         self.stats.latency.record(now.saturating_sub(done.since));
-        self.stats.max_gap = self.stats.max_gap.max(now.saturating_sub(self.moved));
+        let gap = now.saturating_sub(self.moved);
+        self.stats.max_gap = self.stats.max_gap.max(gap);
+        if gap >= self.long_gap && self.stats.gaps.len() < self.stats.gaps.capacity() {
+            self.stats.gaps.push((now, gap));
+        }
         self.moved = now;
     }
 
@@ -139,15 +166,22 @@ impl Queue {
 
     /// The I/O phase begins.
     pub(super) fn begin(&mut self) {
-        self.stats = Stats::default();
+        self.clear();
         self.total = 0;
         self.queue.begin();
     }
 
     /// The warm-up is over: starts counting afresh, but for totals.
     pub(super) fn measure(&mut self) {
-        self.stats = Stats::default();
+        self.clear();
         self.queue.measure();
+    }
+
+    fn clear(&mut self) {
+        self.stats = Stats::default();
+        if self.long_gap < u64::MAX {
+            self.stats.gaps.reserve_exact(MAX_GAPS);
+        }
     }
 
     /// Asks for an interrupt with the next completion, or for none.

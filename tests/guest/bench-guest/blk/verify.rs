@@ -113,7 +113,7 @@ pub(crate) fn verify<'c>(
         unknown: 0,
         first_mismatch: None,
     };
-    Ok(Box::new(Load::new(disk, source, context.clock, wanted)))
+    Ok(Box::new(Load::new(disk, source, context.clock, wanted, load.gaps_us)))
 }
 
 /// Blocks of the region that belong to a queue: every `queues`-th.

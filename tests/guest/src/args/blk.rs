@@ -34,6 +34,8 @@ pub struct Load {
     pub micros: Option<u64>,
     /// How many requests.
     pub ops: Option<u64>,
+    /// Report the times without a completion that are at least this long, in microseconds.
+    pub gaps_us: Option<u64>,
 }
 
 impl Load {
@@ -55,6 +57,7 @@ impl Load {
             seed: words.number("seed", 1, 0, u64::MAX)?,
             micros: words.maybe_micros("secs")?,
             ops: words.maybe("ops", 1, 1 << 50)?,
+            gaps_us: words.maybe_micros("gaps")?,
         })
     }
 }
