@@ -128,7 +128,7 @@ pub(crate) enum VmCommand {
     Reboot(Name),
     /// Make a disk of a running VM longer, its image with it; the guest sees it at once
     #[command(
-        after_help = "Examples:\n  outboard vm resize-disk web disk0 20G\n  outboard vm resize-disk db data    # after lvextend"
+        after_help = "Examples:\n  outboard vm resize-disk web disk0 20G\n  lvextend -L 20G /dev/vg0/db && outboard vm resize-disk db data"
     )]
     ResizeDisk {
         #[command(flatten)]

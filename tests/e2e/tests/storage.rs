@@ -5,7 +5,7 @@ use std::time::Duration;
 use e2e::card::Card;
 use e2e::vm::{Vm, config, slot};
 use e2e::{SOON, binary, image, temp_dir, wait_until};
-use proto::v1::ErrorReason;
+use proto::v1::{BlockDeviceSpec, ErrorReason, ImageFormat};
 
 const JOB: &str = "job=blk-verify bytes=64M queues=2 qd=32 timeout=60";
 
@@ -190,7 +190,7 @@ fn a_read_only_disk_stays_as_it_is() {
     vm.reports.finish(Duration::from_secs(60));
     drop(vm);
     let before = std::fs::read(&disk).expect("read image");
-    let spec = proto::v1::BlockDeviceSpec {
+    let spec = BlockDeviceSpec {
         path: disk.to_str().expect("path").to_owned(),
         read_only: true,
         ..Default::default()
@@ -252,4 +252,46 @@ fn a_disk_grows_under_a_running_guest() {
     // By hand, and then told.
     std::fs::File::options().write(true).open(&image).expect("image").set_len(20 << 20).expect("longer");
     assert_eq!(card.resize("disk0", 0).unwrap(), 20 << 20);
+}
+
+/// Zeros where zeros were asked for, and data everywhere else, on raw and on qcow2 over a backing file; requests that a
+/// killed card had begun are done by its successor.
+#[test]
+fn erased_blocks_are_zeros_and_the_others_keep_what_they_have() {
+    let dir = temp_dir();
+    let base = image(dir.path(), "base.img", 32 << 20);
+    std::fs::write(&base, vec![0x5a; 32 << 20]).expect("base image");
+    let layer = dir.path().join("disk.qcow2");
+    let mut qemu_img = std::process::Command::new("qemu-img");
+    let made = qemu_img.args(["create", "-q", "-f", "qcow2", "-F", "raw", "-b", "base.img"]).arg(&layer);
+    assert!(made.status().expect("qemu-img (qemu-utils)").success());
+    for (name, path, format) in
+        [("raw", base.clone(), ImageFormat::Raw), ("qcow2", layer.clone(), ImageFormat::Qcow2)]
+    {
+        let runtime = dir.path().join(name);
+        let mut card = Card::start_with("offload-blk", &runtime, &[]);
+        let path = path.to_str().expect("path").to_owned();
+        let block = BlockDeviceSpec { path, queues: 2, format: format.into(), ..Default::default() };
+        let device = card.create_block("disk0", block).expect("create disk");
+        let job = "job=blk-verify bytes=24M bs=16K queues=2 qd=16 verify=mixed erase=6 secs=4 timeout=60";
+        let vm = Vm::boot(&runtime, config(name, job, vec![slot("disk0", &device)]));
+        vm.reports.wait("io_begin", SOON);
+        for _ in 0..3 {
+            std::thread::sleep(Duration::from_millis(900));
+            card.kill9();
+            card.restart();
+        }
+        let results = vm.reports.finish(Duration::from_secs(120));
+        assert_eq!(
+            (&results[0]["errors"], &results[0]["mismatches"]),
+            (&0.into(), &0.into()),
+            "{results:#?}"
+        );
+        assert!(results[0]["erased"].as_u64().is_some_and(|n| n > 100), "{results:#?}");
+        drop(vm);
+        card.delete("disk0").expect("delete disk");
+    }
+    let check = std::process::Command::new("qemu-img").args(["check", "-f", "qcow2"]).arg(&layer).output();
+    let check = check.expect("qemu-img");
+    assert!(check.status.success(), "{check:?}");
 }

@@ -269,7 +269,7 @@ fn job<'a>(number: u32, name: &'a str, mut words: Words<'a>) -> Result<Job<'a>, 
 }
 
 fn device<'a>(words: &mut Words<'a>, timeout_secs: u64) -> Result<Device<'a>, Error> {
-    const FEATURES: &[&str] = &["eventidx", "indirect", "mq", "mrg", "flush", "mtu", "status"];
+    const FEATURES: &[&str] = &["eventidx", "indirect", "mq", "mrg", "flush", "erase", "mtu", "status"];
     let interrupts = words.choice("mode", &[("poll", false), ("irq", true)], false)?;
     let queues = match words.take("queues") {
         None => Some(1),

@@ -31,6 +31,31 @@ pub enum Op {
     Flush = 4,
     /// `VIRTIO_BLK_T_GET_ID`
     GetId = 8,
+    /// `VIRTIO_BLK_T_DISCARD`; its data is a range, see [`range`]
+    Discard = 11,
+    /// `VIRTIO_BLK_T_WRITE_ZEROES`; as `Discard`
+    WriteZeroes = 13,
+}
+
+impl Op {
+    /// The device reads the data.
+    #[must_use]
+    pub const fn sends(self) -> bool {
+        matches!(self, Self::Write | Self::Discard | Self::WriteZeroes)
+    }
+}
+
+/// Bytes of a range.
+pub const RANGE: usize = 16;
+
+/// A range of a [`Op::Discard`] or [`Op::WriteZeroes`] (`virtio_blk_discard_write_zeroes`); with `unmap`, its space may go.
+#[must_use]
+pub fn range(sector: u64, sectors: u32, unmap: bool) -> [u8; RANGE] {
+    let mut bytes = [0; RANGE];
+    bytes[..8].copy_from_slice(&sector.to_le_bytes());
+    bytes[8..12].copy_from_slice(&sectors.to_le_bytes());
+    bytes[12] = u8::from(unmap);
+    bytes
 }
 
 /// A request.
@@ -142,7 +167,7 @@ impl Requests {
         self.put(index, 0, op as u32);
         self.put(index, 4, 0u32);
         let base = if self.indirect { 0 } else { 3 * slot };
-        let direction = if op == Op::Write { 0 } else { WRITE };
+        let direction = if op.sends() { 0 } else { WRITE };
         let after_header = if len == 0 { base + 2 } else { base + 1 };
         let meta = self.meta as u64 + (META * index) as u64;
         let chain = [
@@ -241,6 +266,8 @@ mod tests {
             1 => Op::Write,
             4 => Op::Flush,
             8 => Op::GetId,
+            11 => Op::Discard,
+            13 => Op::WriteZeroes,
             other => panic!("type {other}"),
         };
         assert_eq!(read::<u32>(descriptor.address + 4), 0, "reserved");
@@ -278,14 +305,14 @@ mod tests {
         fn the_device_sees_every_request(
             indirect: bool,
             wanted in proptest::collection::vec(
-                (0usize..4, any::<u64>(), prop_oneof![Just(512u32), Just(4096), 1u32..4096]), 1..200),
+                (0usize..6, any::<u64>(), prop_oneof![Just(512u32), Just(4096), 1u32..4096]), 1..200),
         ) {
             let (mut memory, mut meta) = (Box::new(Memory([0; 4096])), Box::new(Memory([0xaa; 4096])));
             let (mut ring, mut requests) = set_up(&mut memory, &mut meta, indirect);
             let (mut seen, mut tag) = (0u16, 0);
             for batch in wanted.chunks(usize::from(DEPTH)) {
                 let batch = batch.iter().map(|(op, sector, len)| {
-                    let op = [Op::Read, Op::Write, Op::Flush, Op::GetId][*op];
+                    let op = [Op::Read, Op::Write, Op::Flush, Op::GetId, Op::Discard, Op::WriteZeroes][*op];
                     tag += 1;
                     Request { op, sector: *sector, len: if op == Op::Flush { 0 } else { *len }, tag }
                 });
@@ -300,7 +327,8 @@ mod tests {
                     let (op, sector, data) = serve(&ring, seen);
                     seen = seen.wrapping_add(1);
                     prop_assert_eq!((op, sector), (request.op, request.sector));
-                    let direction = if request.op == Op::Write { 0 } else { WRITE };
+                    let sends = !matches!(request.op, Op::Read | Op::Flush | Op::GetId);
+                    let direction = if sends { 0 } else { WRITE };
                     let expected = (request.len > 0)
                         .then_some((DATA + 4096 * u64::from(slot), request.len, NEXT | direction));
                     prop_assert_eq!(data.map(|d| (d.address, d.len, d.flags)), expected);

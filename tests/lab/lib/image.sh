@@ -16,7 +16,7 @@ lab_key() {
 # host_image: builds the lab host's image if need be and prints its directory.
 host_image() {
   "$top/deploy/debian-image" --name lab-host --size 12G "$@" \
-    --include openssh-server,polkitd,socat,jq,procps,psmisc,openssh-client,e2fsprogs,zstd,util-linux-extra \
+    --include openssh-server,polkitd,socat,jq,procps,psmisc,openssh-client,e2fsprogs,zstd,util-linux-extra,qemu-utils \
     --overlay "$here/host" --put "$(lab_key).pub:/root/.ssh/authorized_keys"
 }
 

@@ -6,8 +6,12 @@ install -m 0644 /root/guest/vmlinuz /root/guest/initrd.img "$images"
 check "network create makes the TAP" outboard network create lab --tap outboard0 --address 10.88.0.1/24
 check "the TAP has the host's address" grep -q 10.88.0.1/24 <(ip -brief address show dev outboard0)
 blank data 256M
+# A file system made on the host, under a disk that the guest gets on top of it.
+truncate -s 192M "$disks/golden.img" && mkfs.ext4 -qF -L golden -d /usr/share/common-licenses "$disks/golden.img"
+qemu-img create -q -f qcow2 -F raw -b golden.img "$disks/layer.qcow2"
+chown outboard-blk: "$disks/golden.img" "$disks/layer.qcow2"
 record /out/events.txt outboard vm events --output json
-check "vm create web" create web --disk "path=$disks/data.img"
+check "vm create web" create web --disk "path=$disks/data.img" --disk "path=$disks/layer.qcow2,format=qcow2,id=layer"
 check "vm create db" create db
 for name in web db; do record "/out/console-$name.txt" outboard vm console "$name"; done
 check "vm show says it is running" state_is web running
@@ -42,4 +46,5 @@ check "db can be reached over its network" within 100 guest db true
 check "the guest runs Debian's 6.12 kernel" grep -E '^6\.12\..*cloud-amd64$' <(guest web uname -r)
 check "its root is /dev/vda" same "$(guest web findmnt -no SOURCE /)" /dev/vda
 check "it has its second disk" same "$(guest web lsblk -bdno SIZE /dev/vdb)" $((256 << 20))
+check "it has its third, on qcow2" same "$(guest web lsblk -bdno SIZE /dev/vdc)" $((192 << 20))
 check "no unit failed in the guest" same "$(guest web systemctl list-units --failed --no-legend)" ""

@@ -15,7 +15,7 @@ pub(super) trait Source {
     /// The next request for a queue; `None`: nothing for now.
     fn next(&mut self, queue: usize, now: u64) -> Option<Request>;
 
-    /// Fills the data of a write.
+    /// Fills the data of a write, or the range of what is to be erased.
     fn prepare(&mut self, request: &Request, data: &mut [u8]);
 
     /// A request was completed well.
@@ -57,6 +57,7 @@ pub(super) struct Load<'a, S> {
     reads: u64,
     writes: u64,
     flushes: u64,
+    erased: u64,
     errors: u64,
     first_error: Option<String>,
     timed_out: bool,
@@ -84,6 +85,7 @@ impl<'a, S: Source> Load<'a, S> {
             reads: 0,
             writes: 0,
             flushes: 0,
+            erased: 0,
             errors: 0,
             first_error: None,
             timed_out: false,
@@ -117,6 +119,7 @@ impl<'a, S: Source> Load<'a, S> {
                 Op::Read => self.reads += 1,
                 Op::Write => self.writes += 1,
                 Op::Flush => self.flushes += 1,
+                Op::Discard | Op::WriteZeroes => self.erased += 1,
                 Op::GetId => {}
             }
             if done.status == 0 {
@@ -136,7 +139,7 @@ impl<'a, S: Source> Load<'a, S> {
         let mut submitted = false;
         while let Some(slot) = queue.next_slot() {
             let Some(request) = self.source.next(index, now) else { break };
-            if request.op == Op::Write {
+            if request.op.sends() {
                 self.source.prepare(&request, queue.data_mut(slot, request.len as usize));
             }
             queue.submit(request, now);
@@ -165,7 +168,7 @@ impl<S: Source> Job for Load<'_, S> {
         }
         if self.source.warm(now) {
             self.begun = now;
-            (self.reads, self.writes, self.flushes) = (0, 0, 0);
+            (self.reads, self.writes, self.flushes, self.erased) = (0, 0, 0, 0);
             self.disk.queues.iter_mut().for_each(Queue::measure);
         }
         if happened {
@@ -241,6 +244,7 @@ impl<S: Source> Job for Load<'_, S> {
             .number("reads", self.reads)
             .number("writes", self.writes)
             .number("flushes", self.flushes)
+            .number("erased", self.erased)
             .number("bytes", bytes)
             .number("errors", self.errors)
             .number("measured_us", micros)

@@ -27,6 +27,8 @@ const FLUSH: u64 = 1 << 9;
 const SEG_MAX: u64 = 1 << 2;
 const BLK_SIZE: u64 = 1 << 6;
 const MQ: u64 = 1 << 12;
+const DISCARD: u64 = 1 << 13;
+const WRITE_ZEROES: u64 = 1 << 14;
 
 /// Offsets in `virtio_blk_config` (5.2.4).
 const CONFIG_CAPACITY: usize = 0;
@@ -84,7 +86,7 @@ impl<'a> Disk<'a> {
 
     fn set_up(context: &Context<'a>, wanted: &args::Device<'_>, sizing: Sizing) -> Result<Self, String> {
         let mut features = RO | SEG_MAX | BLK_SIZE;
-        for (name, feature) in [("flush", FLUSH), ("mq", MQ)] {
+        for (name, feature) in [("flush", FLUSH), ("mq", MQ), ("erase", DISCARD | WRITE_ZEROES)] {
             if !wanted.refuses(name) {
                 features |= feature;
             }

@@ -2,7 +2,7 @@
 
 use super::load::{Load, Source};
 use super::queue::{Op, Request};
-use super::{Disk, FLUSH, Sizing};
+use super::{DISCARD, Disk, FLUSH, Sizing, WRITE_ZEROES};
 use crate::memory;
 use crate::stage::{Context, Job};
 use alloc::boxed::Box;
@@ -12,9 +12,21 @@ use alloc::vec::Vec;
 use guest::args::{self, Order, VerifyMode};
 use guest::json::Object;
 use guest::pattern::{self, Random, SECTOR, Shuffle};
+use guest::requests::{RANGE, range};
 
 /// What the region's blocks hold is not known: an error happened. Such blocks are not compared.
 const UNKNOWN: u32 = 0;
+
+/// What has been made of a block since it was written.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Erased {
+    /// Nothing.
+    No,
+    /// It reads as zeros.
+    Zeros,
+    /// It was discarded, and reads as anything.
+    Anything,
+}
 /// How many earlier generations a block is compared with when it does not hold the right one.
 const STALE_DEPTH: u32 = 64;
 
@@ -40,6 +52,9 @@ struct Verify {
     queues: u64,
     /// Generation that each block holds.
     generations: Vec<u32>,
+    erased: Vec<Erased>,
+    /// One of so many mixed requests erases; 0: none.
+    erase: u64,
     /// In flight, in the mixed phase.
     busy: Vec<bool>,
     /// Position of each queue in its pass.
@@ -74,7 +89,7 @@ pub(crate) fn verify<'c>(
     let sectors = super::region(&disk, load, Some(64 << 20))?;
     let blocks = sectors.count / (u64::from(load.block) / SECTOR as u64);
     let queues = disk.queues.len() as u64;
-    if (blocks as usize).saturating_mul(5) > memory::heap_left() / 2 {
+    if (blocks as usize).saturating_mul(6) > memory::heap_left() / 2 {
         return Err(alloc::format!(
             "{blocks} blocks are more than the guest can keep in mind: a larger bs= or more RAM"
         ));
@@ -83,6 +98,9 @@ pub(crate) fn verify<'c>(
     let orders = (args.order == Order::Random).then(|| {
         (0..queues).map(|queue| Shuffle::new(share(blocks, queues, queue), load.seed ^ queue)).collect()
     });
+    if args.erase > 0 && !(disk.device.has(DISCARD) && disk.device.has(WRITE_ZEROES)) {
+        return Err(alloc::format!("erase={}: the disk has no DISCARD and WRITE_ZEROES", args.erase));
+    }
     let duration = load.micros.map(|micros| context.clock.ticks(micros));
     // Mixed needs an end.
     let default_duration =
@@ -96,6 +114,8 @@ pub(crate) fn verify<'c>(
         blocks,
         queues,
         generations: vec![if mode == VerifyMode::Read { args.generation } else { UNKNOWN }; blocks as usize],
+        erased: vec![Erased::No; blocks as usize],
+        erase: args.erase,
         busy: vec![false; blocks as usize],
         cursors: vec![0; queues as usize],
         orders,
@@ -128,7 +148,12 @@ impl Verify {
 
     fn request(&self, op: Op, block: u64) -> Request {
         let sectors = u64::from(self.block) / SECTOR as u64;
-        Request { op, sector: self.first_sector + block * sectors, len: self.block, tag: block }
+        let (sector, len) = match op {
+            // Where is said in the data.
+            Op::Discard | Op::WriteZeroes => (0, RANGE as u32),
+            _ => (self.first_sector + block * sectors, self.block),
+        };
+        Request { op, sector, len, tag: block }
     }
 
     /// The next block of a queue's pass.
@@ -154,7 +179,17 @@ impl Verify {
             .find(|block| !self.busy[*block as usize])?;
         self.busy[block as usize] = true;
         self.mixed_left -= 1;
-        let op = if self.random.word() & 1 == 0 { Op::Read } else { Op::Write };
+        let op = match self.random.word() {
+            _ if self.erase > 0 && self.random.below(self.erase) == 0 => {
+                if self.random.below(4) == 0 {
+                    Op::Discard
+                } else {
+                    Op::WriteZeroes
+                }
+            }
+            word if word & 1 == 0 => Op::Read,
+            _ => Op::Write,
+        };
         Some(self.request(op, block))
     }
 
@@ -180,10 +215,12 @@ impl Verify {
         if self.first_mismatch.is_none() {
             let sector = request.sector + (at / SECTOR) as u64;
             let found = data.get(at).copied().unwrap_or_default();
-            let mut text = alloc::format!(
-                "sector {sector} byte {}: {found:#04x} is not of generation {generation}",
-                at % SECTOR
-            );
+            let expected = match self.erased[request.tag as usize] {
+                Erased::No => alloc::format!("of generation {generation}"),
+                Erased::Zeros | Erased::Anything => "zero, as it was made".into(),
+            };
+            let mut text =
+                alloc::format!("sector {sector} byte {}: {found:#04x} is not {expected}", at % SECTOR);
             if let Some(earlier) = earlier {
                 text.push_str(&alloc::format!(": the block holds generation {earlier}"));
             }
@@ -211,6 +248,13 @@ impl Source for Verify {
     }
 
     fn prepare(&mut self, request: &Request, data: &mut [u8]) {
+        if let Op::Discard | Op::WriteZeroes = request.op {
+            let sectors = self.block / SECTOR as u32;
+            let sector = self.first_sector + request.tag * u64::from(sectors);
+            let unmap = request.op == Op::WriteZeroes && self.random.below(2) == 0;
+            data.copy_from_slice(&range(sector, sectors, unmap));
+            return;
+        }
         pattern::fill_sectors(self.seed, request.sector, u64::from(self.next_generation(request.tag)), data);
     }
 
@@ -219,12 +263,24 @@ impl Source for Verify {
         match request.op {
             Op::Write => {
                 self.generations[block] = self.next_generation(request.tag);
+                self.erased[block] = Erased::No;
+                self.busy[block] = false;
+            }
+            Op::Discard | Op::WriteZeroes => {
+                let zeros = request.op == Op::WriteZeroes;
+                self.erased[block] = if zeros { Erased::Zeros } else { Erased::Anything };
                 self.busy[block] = false;
             }
             Op::Read => {
                 self.busy[block] = false;
                 match self.generations[block] {
                     UNKNOWN => self.unknown += 1,
+                    _ if self.erased[block] == Erased::Anything => {}
+                    generation if self.erased[block] == Erased::Zeros => {
+                        if let Some(at) = data.iter().position(|byte| *byte != 0) {
+                            self.mismatch(request, data, at, generation);
+                        }
+                    }
                     generation => {
                         let at =
                             pattern::check_sectors(self.seed, request.sector, u64::from(generation), data);
@@ -239,9 +295,9 @@ impl Source for Verify {
     }
 
     fn failed(&mut self, request: &Request) {
-        if let Op::Write | Op::Read = request.op {
+        if request.op.sends() || request.op == Op::Read {
             self.busy[request.tag as usize] = false;
-            if request.op == Op::Write {
+            if request.op.sends() {
                 self.generations[request.tag as usize] = UNKNOWN;
             }
         }

@@ -88,6 +88,8 @@ pub struct Verify {
     pub generation: u32,
     /// Passes, if there is no time.
     pub loops: u64,
+    /// One of so many mixed requests does away with its block; 0: none.
+    pub erase: u64,
 }
 
 impl Verify {
@@ -105,6 +107,7 @@ impl Verify {
             order: words.choice("order", &orders, Order::Sequential)?,
             generation: words.number("gen", 1, 1, 1 << 30)? as u32,
             loops: words.number("loops", 1, 1, 1 << 30)?,
+            erase: words.number("erase", 0, 0, 1 << 30)?,
         })
     }
 }
