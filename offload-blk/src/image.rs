@@ -258,7 +258,8 @@ fn patiently<T>(mut attempt: impl FnMut() -> io::Result<T>) -> io::Result<T> {
                 if matches!(e.kind(), ErrorKind::WouldBlock | ErrorKind::ResourceBusy)
                     && since.elapsed() < LOCK_PATIENCE =>
             {
-                std::thread::sleep(Duration::from_millis(5));
+                // Guests wait for it.
+                std::thread::sleep(Duration::from_millis(1));
             }
             other => return other,
         }

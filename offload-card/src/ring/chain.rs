@@ -8,6 +8,10 @@ use super::RingError;
 use super::spans::Spans;
 use crate::memory::View;
 
+/// How often the buffers of a chain may cross from one memory region into the next. A front-end shares a handful of
+/// regions, unless it wants our pieces to become many.
+const MAX_CROSSINGS: usize = 64;
+
 /// A contiguous piece of a chain, in this process' address space. It is only an address: valid as long as the [`Chain`]
 /// it came from.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -205,6 +209,9 @@ impl Chain {
             // The last byte of the part is in the region, which does not wrap around.
             at = at.wrapping_add(u64::from(part));
             left -= part;
+            if left > 0 && self.segments.len() >= usize::from(self.descriptors) + MAX_CROSSINGS {
+                return Err(RingError::Pieces { head: self.head });
+            }
         }
         if !writable {
             self.readable = self.segments.len();

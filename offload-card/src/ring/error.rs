@@ -81,6 +81,12 @@ pub enum RingError {
         /// Length in bytes.
         length: u32,
     },
+    /// Buffers that cross more borders of memory regions than we keep pieces for.
+    #[error("chain {head} lies in too many pieces of memory")]
+    Pieces {
+        /// First descriptor of the chain.
+        head: u16,
+    },
     /// What the inflight area says cannot be.
     #[error("the inflight area names {count} chains in flight, more than the driver made available")]
     Inflight {

@@ -706,6 +706,38 @@ proptest! {
 }
 
 #[test]
+fn a_chain_in_too_many_pieces_breaks_the_ring() {
+    use crate::memory::Region;
+    let guest = guest();
+    let table = MemoryTable::new();
+    let file = || guest.file().try_clone().unwrap();
+    table.add(Region::map(0, DATA, 0, file(), 0).unwrap()).unwrap();
+    for page in 0..200 {
+        let at = DATA + page * 0x1000;
+        table.add(Region::map(at, 0x1000, at, file(), at).unwrap()).unwrap();
+    }
+    let pieces = |count: u32| {
+        let mut driver = DriverQueue::new(&guest, 0, 16, FEATURES);
+        let config = RingConfig {
+            index: 0,
+            size: 16,
+            features: FEATURES,
+            addresses: driver.addresses,
+            base: 0,
+            kick: Event::new().unwrap(),
+            memory: table.clone(),
+            shared: Arc::default(),
+            inflight: None,
+        };
+        driver.add(&[Buffer::readable(DATA, count * 0x1000)]).unwrap();
+        let mut chain = Chain::new();
+        Ring::new(config).unwrap().pop(&mut chain).map(|_| chain.readable().len())
+    };
+    assert_eq!(pieces(65), Ok(65));
+    assert_eq!(pieces(66), Err(RingError::Pieces { head: 0 }));
+}
+
+#[test]
 fn descriptor_flags_are_the_specifications() {
     assert_eq!((VRING_DESC_F_NEXT, VRING_DESC_F_WRITE, VRING_DESC_F_INDIRECT), (1, 2, 4));
 }

@@ -17,7 +17,8 @@ use tracing::warn;
 
 use super::host_error;
 
-/// Version of the records written.
+/// Version of the records written, and the newest that is understood. It counts changes that a card must know of to serve
+/// the device rightly; a field that may be overlooked changes nothing.
 const VERSION: u32 = 1;
 /// Members may connect to device sockets.
 const VHOST_GROUP: &str = "outboard-vhost";
@@ -120,6 +121,12 @@ fn read(path: &Path) -> Result<DeviceSpec, String> {
     if record.version == 0 {
         return Err("it has no version".into());
     }
+    if record.version > VERSION {
+        let newer = record.version;
+        return Err(format!(
+            "its version is {newer}, and this card understands up to {VERSION}: upgrade the card"
+        ));
+    }
     let spec = record.spec.ok_or("it has no specification")?;
     if path.file_stem().is_none_or(|stem| stem != spec.id.as_str()) {
         return Err(format!("it is of device {:?}", spec.id));
@@ -129,6 +136,9 @@ fn read(path: &Path) -> Result<DeviceSpec, String> {
 
 #[cfg(test)]
 mod tests {
+    use proto::v1::BlockDeviceSpec;
+    use proto::v1::device_spec::Kind;
+
     use super::*;
 
     #[test]
@@ -146,6 +156,42 @@ mod tests {
         remove(dir.path(), "a").unwrap();
         remove(dir.path(), "a").unwrap();
         assert_eq!(read_all(dir.path()), [spec("b")]);
+    }
+
+    /// A record as bytes, with what another version of the schema has or has not.
+    fn record(version: Option<u8>, fields: &[&[u8]]) -> Vec<u8> {
+        let mut bytes: Vec<u8> = version.map_or_else(Vec::new, |v| vec![0x08, v]);
+        let spec = [&[0x0a, 1, b'a'][..], &fields.concat()].concat();
+        bytes.extend([0x12, spec.len() as u8]);
+        bytes.extend(spec);
+        bytes
+    }
+
+    #[test]
+    fn records_of_older_and_newer_cards_are_understood() {
+        let dir = tempfile::tempdir().unwrap();
+        let read = |bytes: &[u8]| {
+            fs::write(dir.path().join("a.pb"), bytes).unwrap();
+            read_all(dir.path())
+        };
+        let kind = |block| Some(Kind::Block(block));
+        // block { path: "/i" }: what the first version had, no more.
+        let old: &[u8] = &[0x12, 4, 0x0a, 2, b'/', b'i'];
+        let block = BlockDeviceSpec { path: "/i".into(), ..Default::default() };
+        assert_eq!(
+            read(&record(Some(1), &[old])),
+            [DeviceSpec { id: "a".into(), kind: kind(block.clone()) }]
+        );
+        // The same with fields that nobody knows yet, in the block's specification, in the device's, and in the record:
+        // 1000: 7, and 1001: "new".
+        let unknown: &[u8] = &[0xc0, 0x3e, 7, 0xca, 0x3e, 3, b'n', b'e', b'w'];
+        let newer_block = [&[0x12, 4 + unknown.len() as u8][..], &old[2..], unknown].concat();
+        let mut newer = record(Some(1), &[&newer_block, unknown]);
+        newer.extend(unknown);
+        assert_eq!(read(&newer), [DeviceSpec { id: "a".into(), kind: kind(block) }]);
+        // What must not be overlooked, and what is no record.
+        assert!(read(&record(Some(2), &[old])).is_empty());
+        assert!(read(&record(None, &[old])).is_empty());
     }
 
     #[test]
