@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
 use proto::error::Error;
-use proto::v1::ErrorReason;
+use proto::v1::{DeviceStats, ErrorReason};
 use thiserror::Error as ThisError;
 use tonic::Code;
 
@@ -89,6 +89,9 @@ pub trait Device: Send + Sync {
 
     /// Back to the state after creation, as far as the driver can change it (a written configuration space).
     fn reset(&self);
+
+    /// Adds what only this kind of device counts.
+    fn add_stats(&self, _stats: &mut DeviceStats) {}
 
     /// Ends threads and gives up what the device holds. Does not wait for requests still in flight: what they need
     /// stays until they are done.

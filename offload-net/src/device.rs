@@ -12,7 +12,7 @@ use std::time::Instant;
 use offload_card::ring::{Ring, RingState};
 use offload_card::{Busy, Device, Identity};
 use proto::error::Error;
-use proto::v1::NetDeviceSpec;
+use proto::v1::{DeviceStats, NetDeviceSpec};
 use virtio_bindings::virtio_ids::VIRTIO_ID_NET;
 use virtio_bindings::virtio_net::{
     VIRTIO_NET_F_CSUM, VIRTIO_NET_F_GUEST_CSUM, VIRTIO_NET_F_GUEST_TSO4, VIRTIO_NET_F_GUEST_TSO6,
@@ -20,8 +20,10 @@ use virtio_bindings::virtio_net::{
     VIRTIO_NET_F_MTU, VIRTIO_NET_F_STATUS, VIRTIO_NET_S_LINK_UP,
 };
 
+use crate::drops::Drops;
 use crate::mac::MacAddr;
 use crate::network::Network;
+use crate::subnet::{Interface, Subnet};
 use crate::switch::PortId;
 
 /// Receive and transmit queue.
@@ -49,8 +51,8 @@ const FEATURES: u64 = 1 << VIRTIO_NET_F_MAC
 /// A device's specification, checked.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Settings {
-    /// Its address.
-    pub mac: MacAddr,
+    /// Its addresses.
+    pub interface: Interface,
     /// Largest L3 packet in bytes.
     pub mtu: u16,
     /// Largest ring.
@@ -58,11 +60,11 @@ pub struct Settings {
 }
 
 impl Settings {
-    /// Checks a specification for a device in a network with this MTU.
+    /// Checks a specification for a device in a network with this MTU and this prefix, if it has one.
     ///
     /// # Errors
     /// The field and what it may be.
-    pub fn check(spec: &NetDeviceSpec, network_mtu: u32) -> Result<Self, Error> {
+    pub fn check(spec: &NetDeviceSpec, network_mtu: u32, subnet: Option<&Subnet>) -> Result<Self, Error> {
         let mac = MacAddr::try_from(spec.mac.as_slice()).map_err(|_| {
             Error::invalid_field("net.mac", format!("a MAC address has 6 bytes, not {}", spec.mac.len()))
         })?;
@@ -88,8 +90,9 @@ impl Settings {
             );
             return Err(Error::invalid_field("net.queue_size", what));
         }
+        let interface = Interface::check(spec, mac, subnet)?;
         // Both fit: checked above.
-        Ok(Self { mac, mtu: mtu as u16, queue_size: queue_size as u16 })
+        Ok(Self { interface, mtu: mtu as u16, queue_size: queue_size as u16 })
     }
 
     /// What a device with these settings is.
@@ -106,7 +109,7 @@ impl Settings {
     /// The configuration space (VirtIO 1.3 section 5.1.4).
     fn config(&self) -> [u8; CONFIG_SIZE] {
         let mut c = [0; CONFIG_SIZE];
-        c[..6].copy_from_slice(&self.mac.0);
+        c[..6].copy_from_slice(&self.interface.mac.0);
         c[6..8].copy_from_slice(&(VIRTIO_NET_S_LINK_UP as u16).to_le_bytes());
         c[8..10].copy_from_slice(&1_u16.to_le_bytes());
         c[10..12].copy_from_slice(&self.mtu.to_le_bytes());
@@ -121,16 +124,17 @@ pub struct NetDevice {
     config: [u8; CONFIG_SIZE],
     network: Arc<Network>,
     port: PortId,
+    drops: Arc<Drops>,
 }
 
 impl NetDevice {
     /// Plugs a device into its network.
     ///
     /// # Errors
-    /// The MAC address is taken.
+    /// An address is taken.
     pub fn plug(settings: &Settings, network: Arc<Network>) -> Result<Self, Error> {
-        let port = network.plug(settings.mac)?;
-        Ok(Self { identity: settings.identity(), config: settings.config(), network, port })
+        let (port, drops) = network.plug(settings.interface.clone())?;
+        Ok(Self { identity: settings.identity(), config: settings.config(), network, port, drops })
     }
 }
 
@@ -163,6 +167,10 @@ impl Device for NetDevice {
 
     fn reset(&self) {}
 
+    fn add_stats(&self, stats: &mut DeviceStats) {
+        stats.drops = Some(self.drops.message());
+    }
+
     fn close(&self) {
         self.network.unplug(self.port);
     }
@@ -178,7 +186,7 @@ mod tests {
 
     #[test]
     fn the_config_space_is_what_the_driver_needs() {
-        let s = Settings::check(&spec(), 1400).unwrap();
+        let s = Settings::check(&spec(), 1400, None).unwrap();
         assert_eq!(s.config(), [0x52, 0x54, 0, 1, 2, 3, 1, 0, 1, 0, 0x78, 5]);
         assert_eq!(s.queue_size, 256);
     }
@@ -188,7 +196,7 @@ mod tests {
         let with = |edit: fn(&mut NetDeviceSpec)| {
             let mut s = spec();
             edit(&mut s);
-            Settings::check(&s, 1500).unwrap_err().to_string()
+            Settings::check(&s, 1500, None).unwrap_err().to_string()
         };
         assert!(with(|s| s.mac = vec![1, 2]).contains("6 bytes"));
         assert!(with(|s| s.mac[0] = 1).contains("group address"));

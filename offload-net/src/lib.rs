@@ -9,6 +9,8 @@
 //!
 //! - [`frame`]: one Ethernet frame, what its sender left to do (checksum, segmentation), and doing it in software;
 //! - [`switch`]: where a frame goes: the control plane's table, no learning, no spoofing;
+//! - [`subnet`], [`guard`], [`answer`]: networks with a prefix: who has which address, what a guest may send, and what the
+//!   card answers itself; [`drops`] counts what goes nowhere;
 //! - [`network`]: a network's thread and its queues;
 //! - [`host`]: TAP interfaces;
 //! - [`device`]: the virtio-net device;
@@ -19,12 +21,16 @@
 //! MAC address that is not its own is dropped. A malformed frame is dropped, a malformed ring is stopped; both are
 //! counted, and neither concerns another device.
 
+pub mod answer;
 pub mod device;
+pub mod drops;
 pub mod frame;
+pub mod guard;
 pub mod host;
 pub mod mac;
 pub mod network;
 pub mod registry;
 pub mod service;
 pub mod store;
+pub mod subnet;
 pub mod switch;

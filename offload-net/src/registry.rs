@@ -11,15 +11,16 @@ use offload_card::poll::PollPolicy;
 use offload_card::{ConfigNotifier, Device, DeviceFactory, Identity};
 use proto::error::{Error, ErrorReason};
 use proto::v1::device_spec::Kind;
-use proto::v1::{DeviceSpec, NetDeviceSpec, NetworkSpec};
+use proto::v1::{DeviceSpec, DeviceStats, NetDeviceSpec, NetworkSpec};
 use tonic::Code;
 
 use crate::device::{MTU_MAX, MTU_MIN, NetDevice, Settings};
+use crate::host::netlink::Prefix;
 use crate::host::tap;
-use crate::mac::MacAddr;
 use crate::network::uplink::{Uplink, UplinkSpec};
-use crate::network::{Network, mac_taken};
+use crate::network::{Network, address_taken, mac_taken};
 use crate::store::Store;
+use crate::subnet::{Interface, Subnet};
 
 const DEFAULT_MTU: u32 = 1500;
 const ID_MAX: usize = 32;
@@ -51,7 +52,7 @@ struct Entry {
 /// A device's place in its network.
 #[derive(Debug)]
 struct Plug {
-    mac: MacAddr,
+    interface: Interface,
     /// Which device it is of those that had this id.
     number: u64,
 }
@@ -59,6 +60,12 @@ struct Plug {
 impl Entry {
     fn new(spec: NetworkSpec, network: Option<Network>) -> Self {
         Self { spec, network: network.map(Arc::new), devices: BTreeMap::new() }
+    }
+
+    /// What a device in it is.
+    fn settings(&self, spec: &NetDeviceSpec) -> Result<Settings, Error> {
+        let Checked { mtu, subnet, .. } = check(&self.spec)?;
+        Settings::check(spec, mtu, subnet.as_ref())
     }
 
     /// The network, made again if it was not there.
@@ -74,6 +81,7 @@ impl Entry {
 /// A network's specification, checked.
 struct Checked {
     mtu: u32,
+    subnet: Option<Subnet>,
     uplink: Option<UplinkSpec>,
 }
 
@@ -187,21 +195,27 @@ impl DeviceFactory for Networks {
         }
         let networks = self.lock();
         let entry = networks.get(&net.network).ok_or_else(|| not_found(&net.network))?;
-        let settings = Settings::check(net, mtu_of(&entry.spec))?;
-        match entry.devices.iter().find(|(id, plug)| **id != spec.id && plug.mac == settings.mac) {
-            Some(_) => Err(mac_taken(settings.mac)),
-            None => Ok(settings.identity()),
+        let settings = entry.settings(net)?;
+        for (_, other) in entry.devices.iter().filter(|(id, _)| **id != spec.id) {
+            if other.interface.mac == settings.interface.mac {
+                return Err(mac_taken(settings.interface.mac));
+            }
+            let mut theirs = other.interface.addresses();
+            if let Some(taken) = theirs.find(|a| settings.interface.addresses().any(|own| own == *a)) {
+                return Err(address_taken(taken));
+            }
         }
+        Ok(settings.identity())
     }
 
     fn create(&self, spec: &DeviceSpec, _notifier: ConfigNotifier) -> Result<Arc<dyn Device>, Error> {
         let net = net_spec(spec)?;
         let mut networks = self.lock();
         let entry = networks.get_mut(&net.network).ok_or_else(|| not_found(&net.network))?;
-        let settings = Settings::check(net, mtu_of(&entry.spec))?;
+        let settings = entry.settings(net)?;
         let device = NetDevice::plug(&settings, entry.network(self.0.policy)?.clone())?;
         let number = self.0.made.fetch_add(1, Ordering::Relaxed);
-        entry.devices.insert(spec.id.clone(), Plug { mac: settings.mac, number });
+        entry.devices.insert(spec.id.clone(), Plug { interface: settings.interface, number });
         let member =
             Member { networks: self.clone(), network: net.network.clone(), id: spec.id.clone(), number };
         Ok(Arc::new(Plugged { device, member }))
@@ -250,6 +264,10 @@ impl Device for Plugged {
         self.device.reset();
     }
 
+    fn add_stats(&self, stats: &mut DeviceStats) {
+        self.device.add_stats(stats);
+    }
+
     fn close(&self) {
         self.device.close();
         let Member { networks, network, id, number } = &self.member;
@@ -285,7 +303,8 @@ fn check(spec: &NetworkSpec) -> Result<Checked, Error> {
         return Err(Error::invalid_field("mtu", format!("MTU {mtu} is not between {MTU_MIN} and {MTU_MAX}")));
     }
     let parse = |a: &String| a.parse().map_err(|e| Error::invalid_field("host_addresses", e));
-    let addresses = spec.host_addresses.iter().map(parse).collect::<Result<Vec<_>, _>>()?;
+    let mut addresses = spec.host_addresses.iter().map(parse).collect::<Result<Vec<Prefix>, _>>()?;
+    let subnet = Subnet::check(spec, mtu, &addresses)?;
     if spec.tap.is_empty() {
         if !addresses.is_empty() {
             return Err(Error::invalid_field(
@@ -294,10 +313,16 @@ fn check(spec: &NetworkSpec) -> Result<Checked, Error> {
             )
             .remedy("name a TAP, or leave the addresses out"));
         }
-        return Ok(Checked { mtu, uplink: None });
+        return Ok(Checked { mtu, subnet, uplink: None });
     }
     tap::check_name(&spec.tap).map_err(|e| Error::invalid_field("tap", e))?;
-    Ok(Checked { mtu, uplink: Some(UplinkSpec { tap: spec.tap.clone(), mtu, addresses }) })
+    for gateway in subnet.iter().flat_map(Subnet::gateways) {
+        if !addresses.iter().any(|a| a.address == gateway.address) {
+            addresses.push(gateway);
+        }
+    }
+    let mac = subnet.as_ref().map(|s| s.gateway_mac);
+    Ok(Checked { mtu, subnet, uplink: Some(UplinkSpec { tap: spec.tap.clone(), mtu, addresses, mac }) })
 }
 
 /// A new network: the TAP must be there, or there is no network.
@@ -309,7 +334,7 @@ fn start(id: &str, checked: Checked, policy: PollPolicy) -> Result<Network, Erro
         }
         None => Uplink::None,
     };
-    Network::start(id, checked.mtu, uplink, policy)
+    Network::start(id, checked.mtu, checked.subnet, uplink, policy)
 }
 
 /// A network from before: it is there, with or without the TAP.
@@ -325,7 +350,7 @@ fn restart(spec: &NetworkSpec, policy: PollPolicy) -> Result<Network, Error> {
         },
         None => Uplink::None,
     };
-    Network::start(&spec.id, checked.mtu, uplink, policy)
+    Network::start(&spec.id, checked.mtu, checked.subnet, uplink, policy)
 }
 
 /// Removes the TAP of a network that could not be made again, if there is one.

@@ -7,6 +7,7 @@
 use std::collections::HashMap;
 use std::hash::{BuildHasherDefault, Hasher};
 
+use crate::drops::DropReason;
 use crate::frame::Frame;
 use crate::mac::MacAddr;
 
@@ -34,17 +35,6 @@ pub enum Egress {
     All,
     /// Nowhere.
     Drop(DropReason),
-}
-
-/// Why the switch drops a frame.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum DropReason {
-    /// A device sent with a MAC address that is not its own.
-    Spoofed,
-    /// An address that no bridge forwards.
-    LinkLocal,
-    /// To the sender itself, or from the host to an address that no device has.
-    NoDestination,
 }
 
 /// MAC addresses are ours to give, so the hash need not resist an attacker: mix and be done.
@@ -96,11 +86,11 @@ impl Switch {
         if let Ingress::Port(_, own) = from
             && source != own
         {
-            return Egress::Drop(DropReason::Spoofed);
+            return Egress::Drop(DropReason::SpoofedMac);
         }
         if destination.is_group() {
             return if destination.is_link_local() {
-                Egress::Drop(DropReason::LinkLocal)
+                Egress::Drop(DropReason::Multicast)
             } else {
                 Egress::All
             };
@@ -149,9 +139,9 @@ mod tests {
         assert_eq!(send(&s, a, A, MacAddr::BROADCAST), Egress::All);
         assert_eq!(send(&s, a, A, MacAddr([0x33, 0x33, 0, 0, 0, 1])), Egress::All);
         assert_eq!(send(&s, a, A, A), Egress::Drop(DropReason::NoDestination));
-        assert_eq!(send(&s, a, A, lldp), Egress::Drop(DropReason::LinkLocal));
-        assert_eq!(send(&s, a, B, STRANGER), Egress::Drop(DropReason::Spoofed));
-        assert_eq!(send(&s, a, STRANGER, MacAddr::BROADCAST), Egress::Drop(DropReason::Spoofed));
+        assert_eq!(send(&s, a, A, lldp), Egress::Drop(DropReason::Multicast));
+        assert_eq!(send(&s, a, B, STRANGER), Egress::Drop(DropReason::SpoofedMac));
+        assert_eq!(send(&s, a, STRANGER, MacAddr::BROADCAST), Egress::Drop(DropReason::SpoofedMac));
 
         assert_eq!(send(&s, up, STRANGER, A), Egress::Port(PortId(0)));
         assert_eq!(send(&s, up, STRANGER, MacAddr::BROADCAST), Egress::All);

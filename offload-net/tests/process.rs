@@ -26,7 +26,7 @@ const HOST_IP: &str = "10.99.0.1";
 fn network(id: &str, tap: &str) -> CreateNetworkRequest {
     let host_addresses =
         if tap.is_empty() { vec![] } else { vec![format!("{HOST_IP}/24"), "fd99::1/64".to_owned()] };
-    let spec = NetworkSpec { id: id.to_owned(), tap: tap.to_owned(), host_addresses, mtu: 0 };
+    let spec = NetworkSpec { id: id.to_owned(), tap: tap.to_owned(), host_addresses, ..Default::default() };
     CreateNetworkRequest { spec: Some(spec), ..Default::default() }
 }
 
@@ -308,4 +308,79 @@ async fn a_tap_that_is_deleted_comes_back() {
     socket.set_read_timeout(Some(PATIENCE)).unwrap();
     let host = resolve_host(&mut a);
     talk(&mut a, host, &socket, 1);
+}
+
+#[tokio::test]
+async fn a_network_with_a_prefix_is_whole_without_the_controller() {
+    unshare(CloneFlags::CLONE_NEWNET).unwrap();
+    let directory = tempfile::tempdir().unwrap();
+    let card = Card::start(directory.path());
+    // The host gets the gateway's address without being told.
+    let spec = NetworkSpec {
+        id: "vpc".to_owned(),
+        tap: TAP.to_owned(),
+        ipv4_prefix: "10.99.0.0/24".to_owned(),
+        ..Default::default()
+    };
+    let request = CreateNetworkRequest { spec: Some(spec.clone()), ..Default::default() };
+    card.networks().await.create_network(request).await.unwrap();
+    let mut guest = Guest::new(7, FULL);
+    guest.fill_rx(100, 2048);
+    let with = |addresses: &[&str], last: u8| {
+        let mut request = device(&format!("g{last}"), "vpc", &Guest::new(last, FULL));
+        if let Some(Kind::Net(net)) = request.spec.as_mut().and_then(|s| s.kind.as_mut()) {
+            net.addresses = addresses.iter().map(|a| (*a).to_owned()).collect();
+        }
+        request
+    };
+    let mut devices = card.devices().await;
+    devices.create_device(with(&["10.99.0.7"], 7)).await.unwrap();
+    for (addresses, says) in [
+        (&[][..], "1 to 8 addresses"),
+        (&["10.99.0.1"], "the gateway's"),
+        (&["10.98.0.1"], "not in the network's"),
+        (&["10.99.0.7"], "another device in the network has the address"),
+    ] {
+        for validate_only in [true, false] {
+            let request = CreateDeviceRequest { validate_only, ..with(addresses, 8) };
+            let e = devices.create_device(request).await.unwrap_err();
+            assert!(e.message().contains(says), "{addresses:?}: {e}");
+        }
+    }
+
+    let socket = host_socket();
+    let link = guest.connect(&card.socket("g7"));
+    let gateway = resolve_host(&mut guest);
+    let mac_of_tap = std::fs::read_to_string(format!("/sys/class/net/{TAP}/address"));
+    // /sys shows the namespace in which it was mounted: absent here, or another's.
+    if let Ok(text) = mac_of_tap {
+        let own = offload_net::mac::MacAddr(gateway).to_string();
+        assert_eq!(text.trim(), own);
+    }
+    // The host finds the guest without the guest having said a word of ARP about itself.
+    talk(&mut guest, gateway, &socket, 1);
+    drop(link);
+
+    card.kill();
+    let card = Card::start(directory.path());
+    let _link = guest.connect(&card.socket("g7"));
+    assert_eq!(resolve_host(&mut guest), gateway);
+    talk(&mut guest, gateway, &socket, 2);
+    let list = card.networks().await.list_networks(ListNetworksRequest {}).await.unwrap().into_inner();
+    assert_eq!(list.networks[0].spec.as_ref(), Some(&spec));
+
+    // As nobody else; and one can see it.
+    let f = udp4((gateway, guest.mac), ([10, 99, 0, 8], 7), (HOST, 9), b"spoofed", false);
+    guest.send(&f);
+    let request = GetCardStatsRequest { device_id: "g7".to_owned() };
+    let mut devices = card.devices().await;
+    loop {
+        let stats = devices.get_stats(request.clone()).await.unwrap().into_inner().devices.swap_remove(0);
+        let drops = stats.drops.expect("a network device's");
+        if drops.spoofed_address == 1 {
+            assert_eq!((drops.spoofed_mac, stats.queues[1].dropped, stats.queues[1].errors), (0, 1, 1));
+            break;
+        }
+        tokio::time::sleep(std::time::Duration::from_millis(5)).await;
+    }
 }

@@ -13,7 +13,7 @@ use virtio_bindings::virtio_net::*;
 
 fn network_that_polls(mode: PollMode) -> Network {
     let policy = PollPolicy { mode, ..PollPolicy::default() };
-    Network::start("test", 1500, Uplink::None, policy).unwrap()
+    Network::start("test", 1500, None, Uplink::None, policy).unwrap()
 }
 
 fn network() -> Network {

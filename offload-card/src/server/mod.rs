@@ -19,7 +19,7 @@ use std::io;
 use std::os::fd::AsFd;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -38,6 +38,8 @@ const STACK_BYTES: usize = 256 * 1024;
 
 /// What the device's thread and everybody else share.
 struct Shared {
+    /// For what it counts: the device ends before its thread does, and has then nothing to say.
+    device: Weak<dyn Device>,
     queues: Vec<Arc<QueueShared>>,
     connected: AtomicBool,
     connections: AtomicU64,
@@ -65,6 +67,7 @@ impl DeviceServer {
     ) -> io::Result<Self> {
         listener.set_nonblocking(true)?;
         let shared = Arc::new(Shared {
+            device: Arc::downgrade(&device),
             queues: (0..device.identity().queues).map(|_| Arc::default()).collect(),
             connected: AtomicBool::new(false),
             connections: AtomicU64::new(0),
@@ -109,11 +112,16 @@ impl DeviceServer {
     /// Counters of the device under the name `id`.
     pub fn stats(&self, id: &str) -> DeviceStats {
         let queues = (0..).zip(&self.0.queues).map(|(index, queue)| queue.counters.message(index));
-        DeviceStats {
+        let mut stats = DeviceStats {
             id: id.into(),
             connections: self.0.connections.load(Ordering::Relaxed),
             queues: queues.collect(),
+            ..DeviceStats::default()
+        };
+        if let Some(device) = self.0.device.upgrade() {
+            device.add_stats(&mut stats);
         }
+        stats
     }
 
     /// Begins to stop: no new front-end, the connected one is cut off, queues finish. Returns at once.

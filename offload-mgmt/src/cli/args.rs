@@ -1,11 +1,13 @@
 //! The command line.
 
+use std::net::Ipv4Addr;
 use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::builder::PossibleValue;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use clap_complete::Shell;
+use ipnet::IpNet;
 
 use super::options::{DiskOption, NicOption, Size};
 
@@ -242,7 +244,7 @@ pub(crate) struct Create {
     pub disks: Vec<DiskOption>,
     /// A network interface
     ///
-    /// NETWORK, or network=NETWORK[,mac=MAC][,id=ID][,mtu=N][,queue-pairs=N][,card=CARD].
+    /// NETWORK, or network=NETWORK[,mac=MAC][,address=IP]...[,id=ID][,mtu=N][,queue-pairs=N][,card=CARD].
     #[arg(long = "nic", short, value_name = "NIC")]
     pub nics: Vec<NicOption>,
     /// Define it only
@@ -266,7 +268,7 @@ Examples:
 pub(crate) enum NetworkCommand {
     /// Create a network
     #[command(
-        after_help = "Examples:\n  outboard network create private\n  outboard network create default --tap ob0 --address 10.88.0.1/24"
+        after_help = "Examples:\n  outboard network create private\n  outboard network create default --tap ob0 --address 10.88.0.1/24\n  outboard network create lan --tap ob1 --prefix 10.89.0.0/24"
     )]
     Create {
         /// Its name: a-z, 0-9 and '-'
@@ -277,6 +279,15 @@ pub(crate) enum NetworkCommand {
         /// An address of the host in it, like 10.88.0.1/24; may be given several times
         #[arg(long = "address", value_name = "ADDRESS/LENGTH")]
         addresses: Vec<String>,
+        /// Its network, like 10.88.0.0/24; may be given once for IPv4 and once for IPv6
+        ///
+        /// Every VM then gets its addresses from it, by DHCP, and can use no others. The gateway is the host's address in
+        /// it, else its first address. Without a prefix the network is a plain switch.
+        #[arg(long = "prefix", value_name = "PREFIX/LENGTH")]
+        prefixes: Vec<IpNet>,
+        /// A name server that DHCP tells, up to three times [default: the gateway, if there is an interface of the host]
+        #[arg(long = "dns", value_name = "ADDRESS", requires = "prefixes")]
+        dns: Vec<Ipv4Addr>,
         /// Largest packet in bytes [default: 1500]
         #[arg(long, value_name = "BYTES")]
         mtu: Option<u32>,

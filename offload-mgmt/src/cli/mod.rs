@@ -5,6 +5,7 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use clap::{CommandFactory, Parser};
+use ipnet::IpNet;
 use proto::v1::{
     BootSource, CreateNetworkRequest, CreateVmRequest, DeleteNetworkRequest, DeleteVmRequest, DeviceLimits,
     GetVmRequest, ListCardsRequest, ListNetworksRequest, ListVmsRequest, NetworkSpec, RebootVmRequest,
@@ -223,12 +224,16 @@ async fn events(cli: &Cli, client: &Client, vm: String) -> Result<(), Failure> {
 async fn network(cli: &Cli, client: &Client, command: &NetworkCommand) -> Result<(), Failure> {
     let mut api = client.api();
     match command {
-        NetworkCommand::Create { name, tap, addresses, mtu, card } => {
+        NetworkCommand::Create { name, tap, addresses, prefixes, dns, mtu, card } => {
+            let (ipv4_prefix, ipv6_prefix) = by_version(prefixes)?;
             let spec = NetworkSpec {
                 id: name.clone(),
                 tap: tap.clone().unwrap_or_default(),
                 host_addresses: addresses.clone(),
                 mtu: mtu.unwrap_or_default(),
+                ipv4_prefix,
+                ipv6_prefix,
+                dns: dns.iter().map(ToString::to_string).collect(),
             };
             let card = card.clone().unwrap_or_default();
             let request = CreateNetworkRequest { spec: Some(spec), validate_only: false, card };
@@ -248,6 +253,22 @@ async fn network(cli: &Cli, client: &Client, command: &NetworkCommand) -> Result
             client.wait(&format!("Removing {name}"), QUICK, api.delete_network(request)).await?;
             removed(cli, name)
         }
+    }
+}
+
+/// One prefix of each version at most, as text.
+fn by_version(prefixes: &[IpNet]) -> Result<(String, String), Failure> {
+    let of = |v4: bool| {
+        let mut all = prefixes.iter().filter(|p| matches!(p, IpNet::V4(_)) == v4).map(ToString::to_string);
+        (all.next().unwrap_or_default(), all.next())
+    };
+    match (of(true), of(false)) {
+        ((ipv4, None), (ipv6, None)) => Ok((ipv4, ipv6)),
+        _ => Err(Failure::Local(
+            "a network has one prefix of each IP version".to_owned(),
+            "give --prefix once for IPv4 and once for IPv6, and make further networks for the others"
+                .to_owned(),
+        )),
     }
 }
 

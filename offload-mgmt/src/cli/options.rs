@@ -103,10 +103,11 @@ impl FromStr for NicOption {
                 "network" => nic.network = pair.value()?,
                 "id" => nic.id = pair.value()?,
                 "mac" => nic.mac = pair.value()?,
+                "address" => nic.addresses.push(pair.value()?),
                 "mtu" => nic.mtu = pair.number()?,
                 "queue-pairs" => nic.queue_pairs = pair.number()?,
                 "card" => nic.card = pair.value()?,
-                _ => return Err(pair.unknown("network, id, mac, mtu, queue-pairs, card")),
+                _ => return Err(pair.unknown("network, id, mac, address, mtu, queue-pairs, card")),
             }
         }
         if nic.network.is_empty() {
@@ -286,13 +287,16 @@ mod tests {
         let nic = |s: &str| s.parse::<NicOption>().map(|n| n.0);
         assert_eq!(nic("default").map(|n| n.network), Ok("default".into()));
         assert_eq!(
-            nic("network=default,mac=02:00:00:00:00:01,id=lan,mtu=9000,queue-pairs=2"),
+            nic(
+                "network=default,mac=02:00:00:00:00:01,address=10.0.0.5,address=fd00::5,id=lan,mtu=9000,queue-pairs=2"
+            ),
             Ok(NicSpec {
                 network: "default".into(),
                 mac: "02:00:00:00:00:01".into(),
                 id: "lan".into(),
                 mtu: 9000,
                 queue_pairs: 2,
+                addresses: vec!["10.0.0.5".into(), "fd00::5".into()],
                 ..NicSpec::default()
             })
         );

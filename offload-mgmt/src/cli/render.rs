@@ -97,11 +97,12 @@ pub(crate) fn vm(vm: &Vm) -> String {
     let nics = vm.nics.iter().map(|n| {
         let (pci, link) = link(&n.id);
         let queues = n.queue_pairs.to_string();
-        vec![n.id.clone(), n.network.clone(), n.card.clone(), n.mac.clone(), queues, pci, link]
+        let addresses = n.addresses.join(" ");
+        vec![n.id.clone(), n.network.clone(), n.card.clone(), n.mac.clone(), addresses, queues, pci, link]
     });
     if !vm.nics.is_empty() {
         text.push('\n');
-        text += &table(&["NIC", "NETWORK", "CARD", "MAC", "PAIRS", "PCI", "LINK"], nics);
+        text += &table(&["NIC", "NETWORK", "CARD", "MAC", "ADDRESSES", "PAIRS", "PCI", "LINK"], nics);
     }
     text
 }
@@ -184,6 +185,24 @@ pub(crate) fn stats(stats: &Stats) -> String {
         text.push('\n');
         text += &queues;
     }
+    for (device, d) in stats.devices.iter().filter_map(|d| Some((&d.id, d.drops.as_ref()?))) {
+        let reasons = [
+            ("malformed", d.malformed),
+            ("spoofed MAC", d.spoofed_mac),
+            ("spoofed address", d.spoofed_address),
+            ("spoofed neighbour", d.spoofed_neighbour),
+            ("server", d.server),
+            ("protocol", d.protocol),
+            ("multicast", d.multicast),
+            ("no destination", d.no_destination),
+            ("uplink", d.uplink),
+        ];
+        let told: Vec<_> =
+            reasons.iter().filter(|(_, n)| *n > 0).map(|(reason, n)| format!("{reason} {n}")).collect();
+        if !told.is_empty() {
+            let _ = writeln!(text, "\nNot taken from {device}: {}", told.join(", "));
+        }
+    }
     text
 }
 
@@ -191,9 +210,10 @@ pub(crate) fn stats(stats: &Stats) -> String {
 pub(crate) fn networks(networks: &[Network]) -> String {
     let rows = networks.iter().map(|n| {
         let addresses = n.host_addresses.join(" ");
-        vec![n.id.clone(), n.tap.clone(), addresses, n.mtu.to_string(), n.devices.len().to_string()]
+        let prefixes = format!("{} {}", n.ipv4_prefix, n.ipv6_prefix).trim().to_owned();
+        vec![n.id.clone(), prefixes, n.tap.clone(), addresses, n.mtu.to_string(), n.devices.len().to_string()]
     });
-    table(&["NAME", "TAP", "HOST ADDRESSES", "MTU", "DEVICES"], rows)
+    table(&["NAME", "PREFIX", "TAP", "HOST ADDRESSES", "MTU", "DEVICES"], rows)
 }
 
 /// `outboard card ls`

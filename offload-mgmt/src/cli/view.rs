@@ -97,6 +97,8 @@ pub(crate) struct Nic {
     pub network: String,
     /// Its MAC address.
     pub mac: String,
+    /// Its IP addresses; empty in a network without a prefix.
+    pub addresses: Vec<String>,
     /// Largest packet in bytes; 0: the network's.
     pub mtu: u32,
     /// Receive/transmit queue pairs.
@@ -133,6 +135,12 @@ pub(crate) struct Network {
     pub tap: String,
     /// The host's addresses in it.
     pub host_addresses: Vec<String>,
+    /// Its IPv4 network; empty: a plain switch.
+    pub ipv4_prefix: String,
+    /// Its IPv6 network; may be empty.
+    pub ipv6_prefix: String,
+    /// Name servers that DHCP tells; may be empty.
+    pub dns: Vec<String>,
     /// Largest packet in bytes.
     pub mtu: u32,
     /// Devices plugged in now, as their card calls them.
@@ -220,6 +228,23 @@ pub(crate) struct DeviceStats {
     pub operations: Vec<Operation>,
     /// Its queues.
     pub queues: Vec<QueueStats>,
+    /// Of a NIC: frames that its network did not take from it, by reason; null for other devices.
+    pub drops: Option<NetDrops>,
+}
+
+/// Frames dropped, by reason.
+#[derive(Debug, Serialize)]
+#[allow(missing_docs)]
+pub(crate) struct NetDrops {
+    pub malformed: u64,
+    pub spoofed_mac: u64,
+    pub spoofed_address: u64,
+    pub spoofed_neighbour: u64,
+    pub server: u64,
+    pub protocol: u64,
+    pub multicast: u64,
+    pub no_destination: u64,
+    pub uplink: u64,
 }
 
 /// Requests of one kind, over all queues of a device. Latencies are what the card took, without what came before and
@@ -316,8 +341,8 @@ impl From<v1::DeviceLimits> for Limits {
 
 impl From<v1::NicSpec> for Nic {
     fn from(n: v1::NicSpec) -> Self {
-        let v1::NicSpec { id, network, mac, mtu, queue_pairs, card } = n;
-        Self { id, network, mac, mtu, queue_pairs, card }
+        let v1::NicSpec { id, network, mac, mtu, queue_pairs, card, addresses } = n;
+        Self { id, network, mac, addresses, mtu, queue_pairs, card }
     }
 }
 
@@ -342,6 +367,9 @@ impl From<v1::Network> for Network {
             id: spec.id,
             tap: spec.tap,
             host_addresses: spec.host_addresses,
+            ipv4_prefix: spec.ipv4_prefix,
+            ipv6_prefix: spec.ipv6_prefix,
+            dns: spec.dns,
             mtu: spec.mtu,
             devices: n.devices,
         }
@@ -407,6 +435,23 @@ impl From<v1::DeviceStats> for DeviceStats {
             connections: d.connections,
             operations: operations(&d.queues),
             queues: d.queues.into_iter().map(QueueStats::from).collect(),
+            drops: d.drops.map(NetDrops::from),
+        }
+    }
+}
+
+impl From<v1::NetDrops> for NetDrops {
+    fn from(d: v1::NetDrops) -> Self {
+        Self {
+            malformed: d.malformed,
+            spoofed_mac: d.spoofed_mac,
+            spoofed_address: d.spoofed_address,
+            spoofed_neighbour: d.spoofed_neighbour,
+            server: d.server,
+            protocol: d.protocol,
+            multicast: d.multicast,
+            no_destination: d.no_destination,
+            uplink: d.uplink,
         }
     }
 }

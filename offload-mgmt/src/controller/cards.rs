@@ -137,7 +137,7 @@ impl Cards {
     /// INVALID_FIELD for a card that is no longer configured.
     pub(crate) fn devices_of(&self, vm: &str, spec: &VmSpec) -> Result<Vec<Placed>, Error> {
         let disks = spec.disks.iter().map(|d| (d.id.as_str(), d.card.as_str(), block(d), d.limits));
-        let nics = spec.nics.iter().map(|n| (n.id.as_str(), n.card.as_str(), net(n), None));
+        let nics = spec.nics.iter().map(|n| (n.id.as_str(), n.card.as_str(), net(n, &spec.name), None));
         disks
             .chain(nics)
             .map(|(slot, card, kind, limits)| {
@@ -170,13 +170,16 @@ fn block(disk: &DiskSpec) -> Kind {
     })
 }
 
-fn net(nic: &NicSpec) -> Kind {
+fn net(nic: &NicSpec, vm_name: &str) -> Kind {
     Kind::Net(NetDeviceSpec {
         network: nic.network.clone(),
         mac: nic.mac.parse::<Mac>().map(|m| m.bytes().to_vec()).unwrap_or_default(),
         mtu: nic.mtu,
         queue_pairs: nic.queue_pairs,
         queue_size: 0,
+        addresses: nic.addresses.clone(),
+        // Only where there is DHCP to tell it: in other networks nothing would come of it.
+        hostname: if nic.addresses.is_empty() { String::new() } else { vm_name.to_owned() },
     })
 }
 

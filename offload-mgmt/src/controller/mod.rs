@@ -12,6 +12,7 @@ use tonic::Code;
 
 use crate::runner::Runner;
 
+mod addresses;
 mod card;
 mod cards;
 mod clock;

@@ -4,12 +4,14 @@
 //! while a VM is being plugged into it.
 
 use std::collections::BTreeMap;
+use std::collections::btree_map::Entry;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use proto::error::{Error, ErrorReason};
 use proto::v1::{NetworkSpec, VmSpec, VmState};
 use tonic::Code;
 
+use super::addresses::Pool;
 use super::mac::Mac;
 use super::vm::Vm;
 
@@ -70,10 +72,11 @@ impl Registry {
     }
 
     /// Takes in a VM that is to be made, unless one has been made with its token. `make` gets its specification, with
-    /// every NIC's MAC chosen; nothing else is taken in or found while it runs.
+    /// every NIC's MAC and IP addresses chosen; nothing else is taken in or found while it runs.
     ///
     /// # Errors
-    /// VM_EXISTS, TOKEN_REUSED, NETWORK_NOT_FOUND, INVALID_FIELD for a MAC address that another VM has.
+    /// VM_EXISTS, TOKEN_REUSED, NETWORK_NOT_FOUND, INVALID_FIELD for an address that another VM has or the network cannot
+    /// give.
     pub(crate) fn reserve(
         &self,
         token: &str,
@@ -100,6 +103,7 @@ impl Registry {
                 return Err(super::spec::network_not_found(&nic.network));
             }
         }
+        inner.choose_addresses(&mut spec)?;
         let vm = make(spec);
         inner.vms.insert(vm.id.clone(), Arc::clone(&vm));
         Ok(vm)
@@ -281,6 +285,47 @@ impl Inner {
                 )
                 .resource(nic.mac.clone())
                 .remedy("give another one, or none to have one chosen"));
+            }
+        }
+        Ok(())
+    }
+
+    /// Gives every NIC in a network with a prefix its addresses. Those that are asked for come first, so that none of
+    /// them is chosen for another NIC of the same VM.
+    fn choose_addresses(&self, spec: &mut VmSpec) -> Result<(), Error> {
+        let mut pools: BTreeMap<String, Pool> = BTreeMap::new();
+        for (i, nic) in spec.nics.iter().enumerate() {
+            let field = format!("spec.nics[{i}].addresses");
+            let Some(network) = self.networks.get(&nic.network) else { continue };
+            let Some(new) = Pool::of(&network.spec) else {
+                let Some(address) = nic.addresses.first() else { continue };
+                let what =
+                    format!("network {} has no prefix: its guests choose their own addresses", nic.network);
+                return Err(Error::invalid_field(&field, what)
+                    .resource(address.clone())
+                    .remedy("give no address, or use a network that was made with --prefix"));
+            };
+            let pool = match pools.entry(nic.network.clone()) {
+                Entry::Occupied(there) => there.into_mut(),
+                Entry::Vacant(place) => {
+                    let pool = place.insert(new);
+                    let others = self.vms.values().flat_map(|v| &v.spec.nics);
+                    for other in others.filter(|n| n.network == nic.network) {
+                        pool.take(other);
+                    }
+                    pool
+                }
+            };
+            if let Some(taken) = pool.take(nic) {
+                let what = format!("{taken} in network {} is another NIC's or the gateway's", nic.network);
+                return Err(Error::invalid_field(&field, what)
+                    .resource(taken.to_string())
+                    .remedy("give another one, or none to have one chosen"));
+            }
+        }
+        for (i, nic) in spec.nics.iter_mut().enumerate() {
+            if let Some(pool) = pools.get_mut(&nic.network) {
+                pool.complete(&format!("spec.nics[{i}]"), nic)?;
             }
         }
         Ok(())

@@ -149,6 +149,16 @@ fn complete_nic(i: usize, nic: &mut NicSpec) -> Result<(), Error> {
         })?;
         nic.mac = mac.to_string();
     }
+    for address in &mut nic.addresses {
+        let parsed: std::net::IpAddr = address.parse().map_err(|_| {
+            Error::invalid_field(
+                &format!("spec.nics[{i}].addresses"),
+                format!("\"{address}\" is no IP address"),
+            )
+            .remedy("write it like 10.88.0.5, without a prefix length, or leave it out to have one chosen")
+        })?;
+        *address = parsed.to_string();
+    }
     if nic.mtu != 0 {
         check_mtu(&format!("spec.nics[{i}].mtu"), nic.mtu)?;
     }
@@ -262,7 +272,18 @@ pub(crate) fn complete_network(mut spec: NetworkSpec) -> Result<NetworkSpec, Err
         spec.mtu = MTU_DEFAULT;
     }
     check_mtu("spec.mtu", spec.mtu)?;
+    check_net::<ipnet::Ipv4Net>("spec.ipv4_prefix", &spec.ipv4_prefix, "10.88.0.0/24")?;
+    check_net::<ipnet::Ipv6Net>("spec.ipv6_prefix", &spec.ipv6_prefix, "fd00:88::/64")?;
     Ok(spec)
+}
+
+/// Only that it is one: what else it must be, its card says.
+fn check_net<N: std::str::FromStr>(field: &str, net: &str, example: &str) -> Result<(), Error> {
+    if net.is_empty() || net.parse::<N>().is_ok() {
+        return Ok(());
+    }
+    Err(Error::invalid_field(field, format!("\"{net}\" is no such network"))
+        .remedy(format!("write it like {example}")))
 }
 
 fn check_prefix(address: &str) -> Result<(), Error> {

@@ -2,12 +2,13 @@
 
 use std::time::Duration;
 
+use crate::support::card::FakeCard;
 use crate::support::hypervisor::Behaviour;
 use crate::support::{Setup, error, next_event, reason, show, watch};
 use proto::error::ErrorReason;
 use proto::v1::{
-    CreateVmRequest, DeleteNetworkRequest, DeleteVmRequest, DiskSpec, GetVmRequest, ListVmsRequest, NicSpec,
-    StartVmRequest, StopVmRequest, VmState,
+    CreateNetworkRequest, CreateVmRequest, DeleteNetworkRequest, DeleteVmRequest, DiskSpec, GetVmRequest,
+    ListVmsRequest, NetworkSpec, NicSpec, StartVmRequest, StopVmRequest, VmState,
 };
 
 #[tokio::test(flavor = "multi_thread")]
@@ -279,4 +280,66 @@ async fn a_network_in_use_stays() {
     assert_eq!(reason(client.delete_network(delete).await), ErrorReason::NetworkNotFound);
     assert!(setup.net.state().networks.is_empty());
     assert_eq!(reason(client.get_vm(GetVmRequest { vm: "web".into() }).await), ErrorReason::VmNotFound);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn addresses_come_from_the_networks_prefix_and_stay() {
+    let (mut setup, mut client) = Setup::new().await;
+    let network = |id: &str, ipv4_prefix: &str| {
+        let spec = NetworkSpec { id: id.into(), ipv4_prefix: ipv4_prefix.into(), ..NetworkSpec::default() };
+        CreateNetworkRequest { spec: Some(spec), ..CreateNetworkRequest::default() }
+    };
+    assert_eq!(reason(client.create_network(network("bad", "10.0.0.0")).await), ErrorReason::InvalidField);
+    client.create_network(network("vpc", "10.0.0.0/29")).await.expect("network");
+    let vm = |name: &str, nics: &[(&str, &[&str])]| {
+        let mut request = setup.request(name);
+        let nic = |(network, addresses): &(&str, &[&str])| NicSpec {
+            network: (*network).into(),
+            addresses: addresses.iter().map(|a| (*a).into()).collect(),
+            ..NicSpec::default()
+        };
+        request.spec.as_mut().expect("spec").nics = nics.iter().map(nic).collect();
+        request
+    };
+    // What is asked for is not given to another, whatever the order.
+    let both = vm("web", &[("vpc", &[]), ("vpc", &["10.0.0.2"]), ("default", &[])]);
+    let web = client.create_vm(both).await.expect("create").into_inner();
+    let nics = web.spec.expect("spec").nics;
+    let addresses: Vec<_> = nics.iter().map(|n| n.addresses.join(" ")).collect();
+    assert_eq!(addresses, ["10.0.0.3", "10.0.0.2", ""]);
+    let told = |card: &FakeCard, slot: &str| {
+        let spec = card.state().devices.iter().find(|(id, _)| id.ends_with(slot)).expect("device").1.clone();
+        let Some(proto::v1::device_spec::Kind::Net(net)) = spec.kind else { panic!("no NIC") };
+        (net.addresses, net.hostname)
+    };
+    assert_eq!(told(&setup.net, "nic0"), (vec!["10.0.0.3".to_owned()], "web".to_owned()));
+    assert_eq!(told(&setup.net, "nic2"), (vec![], String::new()));
+
+    for (addresses, says) in [
+        (&["10.0.0.2"][..], "is another NIC's or the gateway's"),
+        (&["10.0.0.1"], "is another NIC's or the gateway's"),
+        (&["10.0.0.4/29"], "no IP address"),
+    ] {
+        let e = error(client.create_vm(vm("db", &[("vpc", addresses)])).await);
+        assert!(e.message().contains(says) && e.fact("remedy").is_some(), "{e}");
+    }
+    let e = error(client.create_vm(vm("db", &[("default", &["10.0.0.4"])])).await);
+    assert!(e.message().contains("has no prefix"), "{e}");
+
+    // Another controller knows who has what.
+    let more = [vm("a", &[("vpc", &[])]), vm("b", &[("vpc", &[]), ("vpc", &[])]), vm("c", &[("vpc", &[])])];
+    setup.stop().await;
+    let mut client = setup.start().await;
+    let mut given = Vec::new();
+    let [a, b, c] = more;
+    for request in [a, b] {
+        let vm = client.create_vm(request).await.expect("create").into_inner();
+        given.extend(vm.spec.expect("spec").nics.into_iter().flat_map(|n| n.addresses));
+    }
+    assert_eq!(given, ["10.0.0.4", "10.0.0.5", "10.0.0.6"]);
+    let e = error(client.create_vm(c.clone()).await);
+    assert!(e.message().contains("no address left"), "{e}");
+    client.delete_vm(DeleteVmRequest { vm: "a".into(), force: true }).await.expect("delete");
+    let vm = client.create_vm(c).await.expect("create").into_inner();
+    assert_eq!(vm.spec.expect("spec").nics[0].addresses, ["10.0.0.4"]);
 }

@@ -16,6 +16,7 @@
 pub mod checksum;
 pub mod header;
 pub mod offload;
+pub mod packet;
 pub mod segment;
 
 use offload_card::ring::Chain;
@@ -114,6 +115,16 @@ impl Frame<'_> {
     /// Bytes of the frame, without the vnet header.
     pub fn bytes(&self) -> usize {
         self.head.len() + self.tail_bytes.len
+    }
+
+    /// Copies its bytes from `start` on into `to`; false if there are not so many.
+    pub fn copy_out(&self, start: usize, to: &mut [u8]) -> bool {
+        let in_head = self.head.get(start..).unwrap_or_default();
+        let (first, rest) = to.split_at_mut(in_head.len().min(to.len()));
+        first.copy_from_slice(&in_head[..first.len()]);
+        let behind = start.saturating_sub(self.head.len());
+        let there = rest.is_empty() || behind + rest.len() <= self.tail_bytes.len;
+        there && self.tail.copy_out(self.tail_bytes.start + behind, rest) == rest.len()
     }
 
     /// Where it goes. `None`: too short to be a frame.

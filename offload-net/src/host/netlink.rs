@@ -12,6 +12,8 @@ use std::str::FromStr;
 use nix::sys::socket::{self, AddressFamily, MsgFlags, NetlinkAddr, SockFlag, SockProtocol, SockType};
 use nix::sys::time::{TimeVal, TimeValLike};
 
+use crate::mac::MacAddr;
+
 /// An address with the length of its network's prefix, e.g. `10.88.0.1/24`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Prefix {
@@ -42,17 +44,20 @@ impl fmt::Display for Prefix {
     }
 }
 
-/// Sets an interface up with this MTU.
+/// Sets an interface up with this MTU, and this MAC address if one is given.
 ///
 /// # Errors
 /// The kernel's answer, or no answer within a second.
-pub fn set_up(index: u32, mtu: u32) -> io::Result<()> {
+pub fn set_up(index: u32, mtu: u32, mac: Option<MacAddr>) -> io::Result<()> {
     const IFLA_MTU: u16 = libc::IFLA_MTU;
     let up = libc::IFF_UP as u32;
     let mut m = Message::new(libc::RTM_NEWLINK, 0);
     // struct ifinfomsg: family, padding, type, index, flags, change mask.
     m.put(&[0, 0, 0, 0]).put(&index.to_ne_bytes()).put(&up.to_ne_bytes()).put(&up.to_ne_bytes());
     m.attribute(IFLA_MTU, &mtu.to_ne_bytes());
+    if let Some(mac) = mac {
+        m.attribute(libc::IFLA_ADDRESS, &mac.0);
+    }
     m.send()
 }
 

@@ -12,6 +12,7 @@ use tonic::Code;
 use super::netlink::{self, Prefix};
 use crate::frame::Frame;
 use crate::frame::header::{self, VnetHeader};
+use crate::mac::MacAddr;
 
 /// Longest name of an interface (IFNAMSIZ without the final zero byte).
 pub const NAME_MAX: usize = 15;
@@ -81,12 +82,12 @@ impl Tap {
         Ok(Self { fd, name: name.to_owned(), index })
     }
 
-    /// Sets the interface up, with its MTU and the host's addresses on it.
+    /// Sets the interface up, with its MTU, its MAC address if one is given, and the host's addresses on it.
     ///
     /// # Errors
     /// What the kernel refuses, e.g. an address without IPv6 in the kernel.
-    pub fn configure(&self, mtu: u32, addresses: &[Prefix]) -> Result<(), Error> {
-        netlink::set_up(self.index, mtu)
+    pub fn configure(&self, mtu: u32, mac: Option<MacAddr>, addresses: &[Prefix]) -> Result<(), Error> {
+        netlink::set_up(self.index, mtu, mac)
             .map_err(|e| host_error(&self.name, &format!("set up with MTU {mtu}"), &e))?;
         for a in addresses {
             netlink::add_address(self.index, *a)
@@ -253,7 +254,7 @@ mod tests {
         let exists = || nix::net::if_::if_nametoindex("ob-test0").ok();
         let index = {
             let tap = Tap::open("ob-test0").unwrap();
-            tap.configure(1400, &addresses).unwrap();
+            tap.configure(1400, None, &addresses).unwrap();
             let busy = Tap::open("ob-test0").unwrap_err();
             assert!(busy.message().contains("in use by another process"), "{busy}");
             exists().unwrap()
@@ -261,7 +262,7 @@ mod tests {
         // A card that was killed: the descriptor is closed, nothing else was done.
         assert_eq!(exists(), Some(index));
         let again = Tap::open("ob-test0").unwrap();
-        again.configure(1400, &addresses).unwrap();
+        again.configure(1400, None, &addresses).unwrap();
         assert_eq!(exists(), Some(index));
         std::net::UdpSocket::bind("10.88.0.1:0").unwrap();
         std::net::UdpSocket::bind("[fd00:88::1]:0").unwrap();

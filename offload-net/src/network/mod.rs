@@ -1,11 +1,14 @@
 //! A network: one thread, and the handle that others have on it.
 
+mod addressed;
 pub mod backlog;
 pub mod rx;
 pub mod tx;
 pub mod uplink;
 mod worker;
 
+use std::net::IpAddr;
+use std::sync::Arc;
 use std::sync::mpsc::{self, SyncSender};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -15,10 +18,12 @@ use offload_card::ring::{Ring, RingState};
 use proto::error::{Error, ErrorReason};
 use tonic::Code;
 
+use crate::drops::Drops;
 use crate::mac::MacAddr;
+use crate::subnet::{Interface, Subnet};
 use crate::switch::PortId;
 use uplink::Uplink;
-use worker::{Task, Worker};
+use worker::{Taken, Task, Worker};
 
 /// Index of a device's receive queue (VirtIO 1.3 section 5.1.2).
 pub const RX: u16 = 0;
@@ -38,18 +43,24 @@ pub struct Network {
 }
 
 impl Network {
-    /// Starts the network's thread.
+    /// Starts the network's thread. Without a `subnet` it is a plain switch.
     ///
     /// # Errors
     /// The host has no thread or file descriptor to give.
-    pub fn start(id: &str, mtu: u32, uplink: Uplink, policy: PollPolicy) -> Result<Self, Error> {
+    pub fn start(
+        id: &str,
+        mtu: u32,
+        subnet: Option<Subnet>,
+        uplink: Uplink,
+        policy: PollPolicy,
+    ) -> Result<Self, Error> {
         let failed = |e: std::io::Error| {
             Error::new(Code::ResourceExhausted, ErrorReason::Host, format!("network {id} cannot start: {e}"))
                 .resource(id)
                 .remedy("raise the service's limits on tasks and open files")
         };
         let (tasks, receiver) = mailbox().map_err(failed)?;
-        let worker = Worker::new(id.to_owned(), mtu, receiver, uplink, policy).map_err(failed)?;
+        let worker = Worker::new(id.to_owned(), mtu, subnet, receiver, uplink, policy).map_err(failed)?;
         // The kernel shows 15 characters.
         let thread = std::thread::Builder::new()
             .name(format!("net-{id}"))
@@ -58,15 +69,16 @@ impl Network {
         Ok(Self { tasks: Some(tasks), thread: Some(thread) })
     }
 
-    /// Plugs a device in.
+    /// Plugs a device in; its place, and its counters of what the network does not take from it.
     ///
     /// # Errors
-    /// The address is another device's.
-    pub fn plug(&self, mac: MacAddr) -> Result<PortId, Error> {
+    /// An address is another device's.
+    pub fn plug(&self, interface: Interface) -> Result<(PortId, Arc<Drops>), Error> {
         let deadline = Instant::now() + PATIENCE;
-        match self.ask(|reply| Task::Plug(mac, reply), deadline) {
-            Some(Some(id)) => Ok(id),
-            Some(None) => Err(mac_taken(mac)),
+        match self.ask(|reply| Task::Plug(interface, reply), deadline) {
+            Some(Ok(plugged)) => Ok(plugged),
+            Some(Err(Taken::Mac(mac))) => Err(mac_taken(mac)),
+            Some(Err(Taken::Address(address))) => Err(address_taken(address)),
             None => Err(no_answer()),
         }
     }
@@ -136,6 +148,17 @@ pub(crate) fn mac_taken(mac: MacAddr) -> Error {
     )
     .resource(mac.to_string())
     .remedy("choose another MAC address")
+}
+
+/// Nor can they have one IP address.
+pub(crate) fn address_taken(address: IpAddr) -> Error {
+    Error::new(
+        Code::AlreadyExists,
+        ErrorReason::DeviceExists,
+        format!("another device in the network has the address {address}"),
+    )
+    .resource(address.to_string())
+    .remedy("choose another address")
 }
 
 fn no_answer() -> Error {

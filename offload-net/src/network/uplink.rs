@@ -10,6 +10,7 @@ use proto::error::Error;
 
 use crate::host::netlink::Prefix;
 use crate::host::tap::Tap;
+use crate::mac::MacAddr;
 
 /// How often a TAP that is gone is made again.
 const RETRY: Duration = Duration::from_secs(1);
@@ -24,6 +25,8 @@ pub struct UplinkSpec {
     pub mtu: u32,
     /// The host's addresses on it.
     pub addresses: Vec<Prefix>,
+    /// Its MAC address; `None`: the kernel's choice.
+    pub mac: Option<MacAddr>,
 }
 
 impl UplinkSpec {
@@ -35,7 +38,7 @@ impl UplinkSpec {
     pub fn open(&self) -> Result<Tap, Error> {
         let existed = nix::net::if_::if_nametoindex(self.tap.as_str()).is_ok();
         let tap = Tap::open(&self.tap)?;
-        if let Err(e) = tap.configure(self.mtu, &self.addresses) {
+        if let Err(e) = tap.configure(self.mtu, self.mac, &self.addresses) {
             if !existed && let Err(e) = tap.remove() {
                 tracing::warn!("{e}");
             }

@@ -5,6 +5,8 @@
 //! flood from one leaves the others their share.
 
 use std::io::ErrorKind;
+use std::net::IpAddr;
+use std::sync::Arc;
 use std::sync::mpsc::SyncSender;
 
 use offload_card::poll::{Next, Order, Pacer, PollPolicy, Poller, Receiver};
@@ -13,16 +15,20 @@ use proto::error::{Error, ErrorReason};
 use tonic::Code;
 use vm_memory::VolatileSlice;
 
+use super::addressed::Addressed;
 use super::rx::RxQueue;
 use super::tx::{self, TxHead, TxQueue};
 use super::uplink::Uplink;
 use super::{RX, TX};
+use crate::drops::{DropReason, Drops};
 use crate::frame::header::{LEN, VnetHeader};
-use crate::frame::offload::{self, Allowed};
+use crate::frame::offload::{self, Allowed, Offloads};
 use crate::frame::{Bytes, FRAME_MAX, Frame, HEAD_MAX, Memory};
+use crate::guard::{Question, Verdict};
 use crate::host::tap::Tap;
 use crate::mac::MacAddr;
-use crate::switch::{DropReason, Egress, Ingress, PortId, Switch};
+use crate::subnet::{Interface, Subnet};
+use crate::switch::{Egress, Ingress, PortId, Switch};
 
 /// Frames taken from one source before the next has its turn.
 const BUDGET: usize = 64;
@@ -43,8 +49,8 @@ const DESCRIPTOR_BYTES: usize = 128;
 /// What the network's thread is asked to do.
 #[derive(Debug)]
 pub(super) enum Task {
-    /// Plug in a device that speaks as this address; `None`: the address is taken.
-    Plug(MacAddr, SyncSender<Option<PortId>>),
+    /// Plug in a device that speaks as this interface.
+    Plug(Interface, SyncSender<Result<(PortId, Arc<Drops>), Taken>>),
     /// Unplug it. Its queues have been stopped.
     Unplug(PortId),
     /// A queue of a device starts.
@@ -55,9 +61,17 @@ pub(super) enum Task {
     TakeUplink(SyncSender<Option<Tap>>),
 }
 
+/// Another device has this address.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Taken {
+    Mac(MacAddr),
+    Address(IpAddr),
+}
+
 /// A device in the network.
 struct Port {
-    mac: MacAddr,
+    interface: Interface,
+    drops: Arc<Drops>,
     rx: Option<RxQueue>,
     tx: Option<TxQueue>,
 }
@@ -70,6 +84,8 @@ pub(super) struct Worker {
     poller: Poller,
     uplink: Uplink,
     switch: Switch,
+    /// `None`: a plain switch.
+    addressed: Option<Addressed>,
     ports: Vec<Option<Port>>,
     /// Ports whose transmit queue is looked at in every turn, and need not kick.
     active: Vec<PortId>,
@@ -89,6 +105,7 @@ impl Worker {
     pub(super) fn new(
         name: String,
         mtu: u32,
+        subnet: Option<Subnet>,
         tasks: Receiver<Task>,
         uplink: Uplink,
         policy: PollPolicy,
@@ -102,6 +119,7 @@ impl Worker {
             poller,
             uplink,
             switch: Switch::default(),
+            addressed: subnet.map(Addressed::new),
             ports: Vec::new(),
             active: Vec::new(),
             pacer: Pacer::new(policy),
@@ -203,12 +221,15 @@ impl Worker {
     /// Whoever asked and has stopped waiting for the answer does not need it.
     fn perform(&mut self, task: Task) {
         match task {
-            Task::Plug(mac, reply) => {
-                let _ = reply.send(self.plug(mac));
+            Task::Plug(interface, reply) => {
+                let _ = reply.send(self.plug(interface));
             }
             Task::Unplug(id) => {
                 if let Some(port) = self.ports.get_mut(id.0).and_then(Option::take) {
-                    self.switch.remove(port.mac);
+                    self.switch.remove(port.interface.mac);
+                    if let Some(addressed) = &mut self.addressed {
+                        addressed.remove(&port.interface);
+                    }
                     self.forget(id);
                 }
             }
@@ -225,18 +246,25 @@ impl Worker {
         }
     }
 
-    fn plug(&mut self, mac: MacAddr) -> Option<PortId> {
+    fn plug(&mut self, interface: Interface) -> Result<(PortId, Arc<Drops>), Taken> {
         let free = self.ports.iter().position(Option::is_none).unwrap_or(self.ports.len());
         let id = PortId(free);
-        if !self.switch.insert(mac, id) {
-            return None;
+        if !self.switch.insert(interface.mac, id) {
+            return Err(Taken::Mac(interface.mac));
         }
-        let port = Some(Port { mac, rx: None, tx: None });
+        if let Some(addressed) = &mut self.addressed
+            && let Err(taken) = addressed.insert(&interface)
+        {
+            self.switch.remove(interface.mac);
+            return Err(Taken::Address(taken));
+        }
+        let drops = Arc::<Drops>::default();
+        let port = Some(Port { interface, drops: drops.clone(), rx: None, tx: None });
         match self.ports.get_mut(free) {
             Some(slot) => *slot = port,
             None => self.ports.push(port),
         }
-        Some(id)
+        Ok((id, drops))
     }
 
     fn start(&mut self, id: PortId, ring: Ring) -> Result<(), Error> {
@@ -295,7 +323,8 @@ impl Worker {
 
     /// Forwards frames that a device sends; how many.
     fn transmit(&mut self, id: PortId) -> usize {
-        let Some(mac) = self.ports.get(id.0).and_then(Option::as_ref).map(|p| p.mac) else { return 0 };
+        let Some(port) = self.ports.get(id.0).and_then(Option::as_ref) else { return 0 };
+        let mac = port.interface.mac;
         let Some(queue) = tx_of(&mut self.ports, id) else { return 0 };
         let allowed = queue.allowed;
         let mut chain = std::mem::take(&mut queue.chain);
@@ -316,16 +345,20 @@ impl Worker {
             }
             let outcome = match tx::parse(&chain, &mut buf, allowed, self.mtu) {
                 Ok(frame) => self.forward(&frame, Ingress::Port(id, mac)).map(|()| frame.bytes()),
-                Err(_) => Err(true),
+                Err(_) => Err(DropReason::Malformed),
             };
             bytes += chain.readable_len() as usize + DESCRIPTOR_BYTES * usize::from(chain.descriptors());
-            let Some(queue) = tx_of(&mut self.ports, id) else { return frames };
+            let Some(Port { tx: Some(queue), drops, .. }) = self.ports.get_mut(id.0).and_then(Option::as_mut)
+            else {
+                return frames;
+            };
             let counters = queue.ring.counters();
             match outcome {
                 Ok(bytes) => counters.bytes_out.add(bytes as u64),
-                Err(senders_fault) => {
+                Err(reason) => {
                     counters.dropped.add(1);
-                    counters.errors.add(u64::from(senders_fault));
+                    counters.errors.add(u64::from(reason.is_senders_fault()));
+                    drops.add(reason);
                 }
             }
             queue.ring.push(chain.head(), 0);
@@ -376,9 +409,25 @@ impl Worker {
         self.from_host = buf;
     }
 
-    /// Sends a frame where it goes. `Err`: it went nowhere; true if the sender is to blame.
-    fn forward(&mut self, frame: &Frame<'_>, from: Ingress) -> Result<(), bool> {
-        match self.switch.forward(frame, from) {
+    /// Sends a frame where it goes. `Err`: it went nowhere.
+    fn forward(&mut self, frame: &Frame<'_>, from: Ingress) -> Result<(), DropReason> {
+        let egress = match &self.addressed {
+            None => self.switch.forward(frame, from),
+            Some(addressed) => {
+                let verdict = match from {
+                    Ingress::Uplink => addressed.judge(frame, None)?,
+                    Ingress::Port(id, _) => match self.ports.get(id.0).and_then(Option::as_ref) {
+                        Some(port) => addressed.judge(frame, Some(&port.interface))?,
+                        None => return Err(DropReason::NoDestination),
+                    },
+                };
+                match verdict {
+                    Verdict::Forward => self.switch.forward(frame, from),
+                    Verdict::Answer(question) => return self.answer(frame, from, question),
+                }
+            }
+        };
+        match egress {
             Egress::Port(to) => {
                 self.deliver(frame, to);
                 Ok(())
@@ -396,8 +445,33 @@ impl Worker {
                 let _ = if sender.is_some() { self.send_up(frame) } else { Ok(()) };
                 Ok(())
             }
-            Egress::Drop(reason) => Err(reason == DropReason::Spoofed),
+            Egress::Drop(reason) => Err(reason),
         }
+    }
+
+    /// Answers a frame, to where it came from.
+    fn answer(&mut self, frame: &Frame<'_>, from: Ingress, question: Question) -> Result<(), DropReason> {
+        let Some(mut addressed) = self.addressed.take() else { return Ok(()) };
+        let interface = match from {
+            Ingress::Port(id, _) => self.ports.get(id.0).and_then(Option::as_ref).map(|p| &p.interface),
+            Ingress::Uplink => None,
+        };
+        let length = addressed.answer(frame, interface, question);
+        if let Ok(Some(length)) = length
+            && let Some(bytes) = addressed.answer_bytes(length)
+        {
+            let (head, tail) = bytes.split_at_mut(length.min(HEAD_MAX));
+            let tail_bytes = Bytes { start: 0, len: tail.len() };
+            let tail = [VolatileSlice::from(tail)];
+            let answer = Frame { head, tail: Memory::Host(&tail), tail_bytes, offloads: Offloads::default() };
+            match from {
+                Ingress::Port(id, _) => self.deliver(&answer, id),
+                // The host asks again.
+                Ingress::Uplink => drop(self.send_up(&answer)),
+            }
+        }
+        self.addressed = Some(addressed);
+        length.map(drop)
     }
 
     /// To a device. A device without a running queue is like a cable with nobody at its end.
@@ -416,15 +490,20 @@ impl Worker {
     }
 
     /// To the host.
-    fn send_up(&mut self, frame: &Frame<'_>) -> Result<(), bool> {
-        let Uplink::Up(_, tap) = &self.uplink else { return Err(false) };
+    fn send_up(&mut self, frame: &Frame<'_>) -> Result<(), DropReason> {
+        let tap = match &self.uplink {
+            Uplink::Up(_, tap) => tap,
+            Uplink::None => return Err(DropReason::NoDestination),
+            Uplink::Down(_) | Uplink::Awaited(..) => return Err(DropReason::Uplink),
+        };
         match tap.send(frame) {
             Ok(()) => Ok(()),
-            Err(e) if e.raw_os_error() == Some(libc::EBADFD) => {
-                self.uplink.lost(&self.poller, NEW_TAP, &e);
-                Err(false)
+            Err(e) => {
+                if e.raw_os_error() == Some(libc::EBADFD) {
+                    self.uplink.lost(&self.poller, NEW_TAP, &e);
+                }
+                Err(DropReason::Uplink)
             }
-            Err(_) => Err(false),
         }
     }
 

@@ -13,8 +13,11 @@ use std::time::Duration;
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use offload_card::memory::MemoryTable;
 use offload_card::ring::{InflightArea, QueueShared, Ring, RingConfig};
+use offload_net::drops::Drops;
 use offload_net::frame::header::{LEN, VnetHeader};
+use offload_net::mac::MacAddr;
 use offload_net::network::{Network, RX, TX};
+use offload_net::subnet::Interface;
 use offload_net::switch::PortId;
 use queue::{Queue, SIZE};
 use virtio_bindings::virtio_net::*;
@@ -114,11 +117,16 @@ impl Guest {
 
     /// Plugs the guest into a network of this process, without vhost-user.
     pub fn plug(&self, network: &Network) -> PortId {
-        let port = network.plug(offload_net::mac::MacAddr(self.mac)).unwrap();
+        self.plug_as(network, Interface::plain(MacAddr(self.mac))).0
+    }
+
+    /// The same with addresses; also what the network does not take from it.
+    pub fn plug_as(&self, network: &Network, interface: Interface) -> (PortId, Arc<Drops>) {
+        let (port, drops) = network.plug(interface).unwrap();
         for ring in self.rings(None) {
             network.start_queue(port, ring).unwrap();
         }
-        port
+        (port, drops)
     }
 
     /// Sends a frame as buffers of at most `piece` bytes, the vnet header in the first.

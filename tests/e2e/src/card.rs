@@ -8,8 +8,8 @@ use proto::v1::network_card_client::NetworkCardClient;
 use proto::v1::storage_card_client::StorageCardClient;
 use proto::v1::{
     BlockDeviceSpec, CreateDeviceRequest, CreateNetworkRequest, DeleteDeviceRequest, DeleteNetworkRequest,
-    Device, DeviceLimits, DeviceSpec, GetCardStatsRequest, IdentifyRequest, NetDeviceSpec, NetworkSpec,
-    QueueStats, ResizeDeviceRequest, SetLimitsRequest, device_spec,
+    Device, DeviceLimits, DeviceSpec, DeviceStats, GetCardStatsRequest, IdentifyRequest, NetDeviceSpec,
+    NetDrops, NetworkSpec, QueueStats, ResizeDeviceRequest, SetLimitsRequest, device_spec,
 };
 use tokio::runtime::Runtime;
 use tonic::Status;
@@ -140,8 +140,13 @@ impl Card {
             id: id.to_owned(),
             tap: tap.to_owned(),
             host_addresses: if address.is_empty() { vec![] } else { vec![address.to_owned()] },
-            mtu: 0,
+            ..Default::default()
         };
+        self.create_network(spec)
+    }
+
+    /// Makes a network of any kind.
+    pub fn create_network(&self, spec: NetworkSpec) -> Result<(), Status> {
         let request = CreateNetworkRequest { spec: Some(spec), ..Default::default() };
         self.runtime.block_on(NetworkCardClient::new(self.channel.clone()).create_network(request)).map(drop)
     }
@@ -160,8 +165,18 @@ impl Card {
     /// The same without a panic.
     pub fn try_nic(&self, id: &str, network: &str, n: u8) -> Result<Device, Status> {
         let spec = NetDeviceSpec { network: network.to_owned(), mac: mac(n).to_vec(), ..Default::default() };
-        let kind = Some(device_spec::Kind::Net(spec));
-        self.create(DeviceSpec { id: id.to_owned(), kind, limits: None })
+        self.create_nic(id, spec)
+    }
+
+    /// The same in a network with a prefix, with this address in it.
+    pub fn nic_with_address(&self, id: &str, network: &str, n: u8, address: &str) -> Device {
+        let (network, mac) = (network.to_owned(), mac(n).to_vec());
+        let spec = NetDeviceSpec { network, mac, addresses: vec![address.to_owned()], ..Default::default() };
+        self.create_nic(id, spec).expect("create network device")
+    }
+
+    fn create_nic(&self, id: &str, spec: NetDeviceSpec) -> Result<Device, Status> {
+        self.create(DeviceSpec { id: id.to_owned(), kind: Some(device_spec::Kind::Net(spec)), limits: None })
     }
 
     /// Sets what a device may do per second.
@@ -179,9 +194,18 @@ impl Card {
 
     /// A device's counters, per queue.
     pub fn queue_stats(&self, device: &str) -> Vec<QueueStats> {
+        self.stats(device).queues
+    }
+
+    fn stats(&self, device: &str) -> DeviceStats {
         let request = GetCardStatsRequest { device_id: device.to_owned() };
         let stats = self.runtime.block_on(CardClient::new(self.channel.clone()).get_stats(request));
-        stats.expect("card statistics").into_inner().devices.swap_remove(0).queues
+        stats.expect("card statistics").into_inner().devices.swap_remove(0)
+    }
+
+    /// What a network device's network did not take from it.
+    pub fn drops(&self, device: &str) -> NetDrops {
+        self.stats(device).drops.expect("a network device")
     }
 
     /// Requests a device has taken, over all queues; `None`: the card does not serve it now.

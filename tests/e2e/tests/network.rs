@@ -6,6 +6,7 @@ use std::time::Duration;
 use e2e::card::Card;
 use e2e::vm::{Vm, config, slot};
 use e2e::{SOON, enter_new_network_namespace, temp_dir, wait_until};
+use proto::v1::NetworkSpec;
 
 #[test]
 fn two_vms_exchange_frames_without_userspace_exits() {
@@ -141,4 +142,57 @@ fn networks_are_apart() {
     a.reports.finish(SOON);
     let results = b.reports.finish(SOON);
     assert_eq!((&results[0]["rx"], &results[0]["other"]), (&0.into(), &0.into()), "{results:#?}");
+}
+
+/// In a network with a prefix two VMs exchange verified frames under the addresses they were given; one that uses another
+/// address is heard by nobody.
+#[test]
+fn a_vm_speaks_under_its_own_address_only() {
+    enter_new_network_namespace();
+    let dir = temp_dir();
+    let mut card = Card::start("offload-net", dir.path());
+    let (id, ipv4_prefix) = ("vpc".to_owned(), "10.9.0.0/24".to_owned());
+    card.create_network(NetworkSpec { id, ipv4_prefix, ..Default::default() }).expect("create network");
+    // The addresses of the peers are asked for by ARP, which the card answers.
+    let exchange = |own: u8, peer: u8| {
+        format!(
+            "job=net-exchange ip=10.9.0.{own} peer=10.9.0.{peer} count=100000 size=1400 mode=irq timeout=60"
+        )
+    };
+    let boot = |name: &str, job: &str, device: &proto::v1::Device| {
+        Vm::boot(dir.path(), config(name, job, vec![slot("nic0", device)]))
+    };
+    let first = card.nic_with_address("a", "vpc", 11, "10.9.0.11");
+    let second = card.nic_with_address("b", "vpc", 12, "10.9.0.12");
+    let (a, b) = (boot("a", &exchange(11, 12), &first), boot("b", &exchange(12, 11), &second));
+    a.reports.wait("io_begin", SOON);
+    b.reports.wait("io_begin", SOON);
+    // The card comes back with the network and its addresses, without anybody's help.
+    wait_until("frames to flow", SOON, || card.requests("a") > 500);
+    card.kill9();
+    card.restart();
+    for vm in [a, b] {
+        let results = vm.reports.finish(Duration::from_secs(180));
+        assert_eq!(
+            (&results[0]["corrupt"], &results[0]["rx"], &results[0]["needs_reset"]),
+            (&0.into(), &100_000.into(), &false.into()),
+            "{results:#?}"
+        );
+    }
+    assert_eq!(card.drops("a"), proto::v1::NetDrops::default());
+
+    let (third, fourth) = (
+        card.nic_with_address("c", "vpc", 13, "10.9.0.13"),
+        card.nic_with_address("d", "vpc", 14, "10.9.0.14"),
+    );
+    let send = "job=net-send ip=10.9.0.11 peer=10.9.0.14 peer_mac=02:00:00:00:0b:0e count=1000 wait=serial";
+    let d = boot("d", "job=net-recv ip=10.9.0.14 count=1 min=0 timeout=3 secs=3", &fourth);
+    let mut c = boot("c", send, &third);
+    d.reports.wait("io_begin", SOON);
+    c.reports.wait("waiting", SOON);
+    c.type_in(b"\n");
+    c.reports.finish(SOON);
+    let results = d.reports.finish(SOON);
+    assert_eq!((&results[0]["rx"], &results[0]["other"]), (&0.into(), &0.into()), "{results:#?}");
+    assert_eq!(card.drops("c"), proto::v1::NetDrops { spoofed_address: 1000, ..Default::default() });
 }

@@ -50,11 +50,13 @@ vm_field() { outboard vm show "$1" --output json | jq -r ".$2"; }
 
 state_is() { same "$(vm_field "$1" state)" "$2"; }
 
-# address NAME: of a guest in the network "lab".
+# address NAME: of a guest in the network "lab", or "vpc".
 address() {
   case $1 in
     web) echo 10.88.0.2 ;;
     db) echo 10.88.0.3 ;;
+    left) echo 10.90.0.11 ;;
+    right) echo 10.90.0.2 ;;
   esac
 }
 
@@ -69,8 +71,8 @@ guest() {
 # root_disk NAME: the guest's root file system, a block device of the host.
 root_disk() {
   case $1 in
-    web) echo /dev/vdd ;;
-    db) echo /dev/vde ;;
+    web | left) echo /dev/vdd ;;
+    db | right) echo /dev/vde ;;
   esac
 }
 

@@ -225,7 +225,9 @@ impl Card for Service {
     async fn get_stats(&self, request: Request<GetCardStatsRequest>) -> Result<Response<CardStats>, Status> {
         self.delay().await;
         let id = request.into_inner().device_id;
-        Ok(Response::new(CardStats { devices: vec![DeviceStats { id, connections: 7, queues: Vec::new() }] }))
+        Ok(Response::new(CardStats {
+            devices: vec![DeviceStats { id, connections: 7, ..DeviceStats::default() }],
+        }))
     }
 }
 

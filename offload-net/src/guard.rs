@@ -1,0 +1,176 @@
+//! What a network with a prefix does with a frame: forwards it, answers it, or drops it.
+//!
+//! A guest speaks as itself: its own MAC address, its own IP addresses, ARP and neighbour discovery about itself, and
+//! never as a DHCP server or a router. What it asks of everybody the card answers from what the control plane said, so
+//! no frame needs to go to everybody, and none does. Everything is decided on the copied head of the frame.
+
+use std::net::{Ipv4Addr, Ipv6Addr};
+
+use crate::drops::DropReason;
+use crate::frame::packet::{self, Arp, ICMPV6, Packet, Ports, Unclear, V4, V6};
+use crate::frame::{Bytes, Frame};
+use crate::mac::MacAddr;
+use crate::subnet::{Interface, Subnet};
+
+const DHCP_SERVER: u16 = 67;
+const DHCP_CLIENT: u16 = 68;
+const DHCPV6_SERVER: u16 = 547;
+const DHCPV6_CLIENT: u16 = 546;
+
+/// ICMPv6 types (RFC 4861 section 4).
+const ROUTER_ADVERTISEMENT: u8 = 134;
+const NEIGHBOUR_SOLICITATION: u8 = 135;
+const NEIGHBOUR_ADVERTISEMENT: u8 = 136;
+const REDIRECT: u8 = 137;
+/// Multicast listener reports and queries: the one other thing that may come from no address (RFC 3590).
+const LISTENER: [u8; 4] = [130, 131, 132, 143];
+
+/// What the card answers itself.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Question {
+    /// Who has this IPv4 address? The packet is a request.
+    Arp(Arp),
+    /// Who has this IPv6 address?
+    Neighbour {
+        /// Who asks; unspecified: it wants to take the address.
+        from: Ipv6Addr,
+        /// Whose link-layer address it wants.
+        target: Ipv6Addr,
+    },
+    /// A DHCP message to the server: these bytes of the frame.
+    Dhcp(Bytes),
+}
+
+/// What to do with a frame.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Verdict {
+    /// It goes to whoever has its destination, which is a unicast address.
+    Forward,
+    /// The card answers.
+    Answer(Question),
+}
+
+/// Judges a frame from `interface`.
+///
+/// # Errors
+/// Why it goes nowhere.
+pub fn from_device(subnet: &Subnet, interface: &Interface, frame: &Frame<'_>) -> Result<Verdict, DropReason> {
+    if frame.source() != Some(interface.mac) {
+        return Err(DropReason::SpoofedMac);
+    }
+    let verdict = match packet::parse(frame.head, frame.bytes()).map_err(unclear)? {
+        Packet::V4(p) => v4_from_device(subnet, interface, &p)?,
+        Packet::V6(_) if subnet.ipv6.is_none() => return Err(DropReason::Protocol),
+        Packet::V6(p) => v6_from_device(interface, frame.head, &p)?,
+        Packet::Arp(p) => arp_from_device(interface, p)?,
+    };
+    contained(frame, verdict)
+}
+
+/// Judges a frame from the host, which may say what it likes, but not to everybody.
+///
+/// # Errors
+/// Why it goes nowhere.
+pub fn from_uplink(subnet: &Subnet, frame: &Frame<'_>) -> Result<Verdict, DropReason> {
+    let verdict = match packet::parse(frame.head, frame.bytes()).map_err(unclear)? {
+        Packet::V4(_) => Verdict::Forward,
+        Packet::V6(_) if subnet.ipv6.is_none() => return Err(DropReason::Protocol),
+        Packet::V6(p) => match icmpv6_type(frame.head, &p) {
+            Some(NEIGHBOUR_SOLICITATION) => solicitation(frame.head, &p)?,
+            _ => Verdict::Forward,
+        },
+        Packet::Arp(p) if p.operation == 1 => Verdict::Answer(Question::Arp(p)),
+        Packet::Arp(_) => return Err(DropReason::Multicast),
+    };
+    contained(frame, verdict)
+}
+
+fn unclear(why: Unclear) -> DropReason {
+    match why {
+        Unclear::Protocol => DropReason::Protocol,
+        Unclear::Malformed => DropReason::Malformed,
+    }
+}
+
+/// What is not answered goes to one receiver, or nowhere.
+fn contained(frame: &Frame<'_>, verdict: Verdict) -> Result<Verdict, DropReason> {
+    match verdict {
+        Verdict::Forward if frame.destination().is_none_or(MacAddr::is_group) => Err(DropReason::Multicast),
+        verdict => Ok(verdict),
+    }
+}
+
+fn v4_from_device(subnet: &Subnet, interface: &Interface, p: &V4) -> Result<Verdict, DropReason> {
+    let own = interface.ipv4.contains(&p.source);
+    match p.udp {
+        Some(Ports { source: DHCP_SERVER, destination: DHCP_CLIENT }) => return Err(DropReason::Server),
+        Some(Ports { source: DHCP_CLIENT, destination: DHCP_SERVER }) => {
+            if !own && !p.source.is_unspecified() {
+                return Err(DropReason::SpoofedAddress);
+            }
+            let to_server = p.destination.is_broadcast() || p.destination == subnet.gateway;
+            if to_server && !p.fragment {
+                // The UDP header is there: the ports were.
+                let start = p.l4 + 8;
+                return Ok(Verdict::Answer(Question::Dhcp(Bytes { start, len: p.end - start })));
+            }
+            // A relay agent's business, or a server elsewhere: as any other packet, which has an address.
+        }
+        _ => {}
+    }
+    if own { Ok(Verdict::Forward) } else { Err(DropReason::SpoofedAddress) }
+}
+
+fn arp_from_device(interface: &Interface, p: Arp) -> Result<Verdict, DropReason> {
+    // A probe (RFC 5227) has no sender's address yet.
+    let own = interface.ipv4.contains(&p.sender) || p.operation == 1 && p.sender == Ipv4Addr::UNSPECIFIED;
+    if p.sender_mac != interface.mac || !own {
+        return Err(DropReason::SpoofedNeighbour);
+    }
+    match p.operation {
+        1 => Ok(Verdict::Answer(Question::Arp(p))),
+        // Nobody but the card has asked.
+        _ => Err(DropReason::Multicast),
+    }
+}
+
+fn v6_from_device(interface: &Interface, head: &[u8], p: &V6) -> Result<Verdict, DropReason> {
+    if matches!(p.udp, Some(Ports { source: DHCPV6_SERVER, destination: DHCPV6_CLIENT })) {
+        return Err(DropReason::Server);
+    }
+    let kind = icmpv6_type(head, p);
+    let unspecified = p.source.is_unspecified();
+    let own = interface.ipv6.contains(&p.source) || p.source == interface.link_local();
+    if !own && !(unspecified && kind.is_some_and(|k| k == NEIGHBOUR_SOLICITATION || LISTENER.contains(&k))) {
+        return Err(DropReason::SpoofedAddress);
+    }
+    match kind {
+        Some(NEIGHBOUR_SOLICITATION) => solicitation(head, p),
+        Some(ROUTER_ADVERTISEMENT | REDIRECT) => Err(DropReason::Server),
+        Some(NEIGHBOUR_ADVERTISEMENT) => {
+            let target = target(head, p).ok_or(DropReason::Malformed)?;
+            let own = interface.ipv6.contains(&target) || target == interface.link_local();
+            // Nobody but the card has asked.
+            Err(if own { DropReason::Multicast } else { DropReason::SpoofedNeighbour })
+        }
+        // Only to groups: RFC 3810.
+        _ if unspecified => Err(DropReason::Multicast),
+        _ => Ok(Verdict::Forward),
+    }
+}
+
+fn icmpv6_type(head: &[u8], p: &V6) -> Option<u8> {
+    if p.protocol == Some(ICMPV6) { head.get(p.l4).copied() } else { None }
+}
+
+/// The target of a neighbour solicitation or advertisement, which is no fragment (RFC 6980).
+fn target(head: &[u8], p: &V6) -> Option<Ipv6Addr> {
+    let whole = p.hop_limit == 255 && !p.fragment && p.l4 + 24 <= p.end;
+    let bytes: [u8; 16] = head.get(p.l4 + 8..)?.first_chunk().copied()?;
+    whole.then(|| bytes.into())
+}
+
+fn solicitation(head: &[u8], p: &V6) -> Result<Verdict, DropReason> {
+    let target = target(head, p).ok_or(DropReason::Malformed)?;
+    Ok(Verdict::Answer(Question::Neighbour { from: p.source, target }))
+}

@@ -1,0 +1,62 @@
+#!/usr/bin/env bash
+# A network with a prefix: stock guests are told their addresses by the card, reach each other and the host under them,
+# and under no others. After 60-life, when the guests' root file systems are free again.
+. ./lib.sh
+
+check "network create with a prefix" outboard network create vpc --tap vpc0 --prefix 10.90.0.0/24 --prefix fd00:90::/64 --mtu 9000
+check "the host has the gateway's addresses" grep -q 'fd00:90::1/64' <(ip -brief address show dev vpc0 | grep 10.90.0.1/24)
+# No ip= on the command line: the guest's systemd-networkd asks by DHCP.
+cloud() {
+  local name=$1
+  shift
+  outboard vm create "$name" --memory 512M --vcpus 1 --kernel "$images/vmlinuz" --initramfs "$images/initrd.img" \
+    --cmdline "console=ttyS0 root=/dev/vda rw quiet" --disk "path=$(root_disk "$name")" "$@"
+}
+check "vm create left, with an address" cloud left --nic network=vpc,address=10.90.0.11
+check "vm create right, with none" cloud right --nic network=vpc
+for name in left right; do record "/out/console-$name.txt" outboard vm console "$name"; done
+check "vm show tells the addresses" same "$(outboard vm show left --output json | jq -r '.nics[0].addresses | join(" ")')" "10.90.0.11 fd00:90::2"
+check "one was chosen for right" same "$(outboard vm show right --output json | jq -r '.nics[0].addresses[0]')" 10.90.0.2
+check "an address is given once" not cloud third --nic network=vpc,address=10.90.0.11
+
+check "left can be reached under its address" within 200 guest left true
+check "right can be reached under its address" within 100 guest right true
+# The guest's only interface of hardware.
+# shellcheck disable=SC2016 # expanded in the guest
+interface='basename "$(dirname "$(ls -d /sys/class/net/*/device)")"'
+nic=$(guest left "$interface")
+check "left's address is of DHCP" grep -qE '10\.90\.0\.11/24 .*dynamic' <(guest left ip -oneline -4 address show dev "$nic")
+check "its route goes by the gateway" grep -q "default via 10.90.0.1 dev $nic proto dhcp" <(guest left ip route)
+check "its MTU is the network's" same "$(guest left cat "/sys/class/net/$nic/mtu")" 9000
+leases='cat /run/systemd/netif/leases/*'
+for said in ROUTER=10.90.0.1 DNS=10.90.0.1 HOSTNAME=left MTU=9000 NETMASK=255.255.255.0; do
+  check "DHCP told $said" grep -qx "$said" <(guest left "$leases")
+done
+
+check "left pings right" guest left ping -q -c 3 -W 5 10.90.0.2
+check "left pings the gateway, which is the host" guest left ping -q -c 3 -W 5 10.90.0.1
+check "the host pings right" ping -q -c 3 -W 5 10.90.0.2
+check "frames of 9000 bytes pass, unfragmented" guest left ping -q -c 2 -W 5 -M "do" -s 8972 10.90.0.2
+ipv6() {
+  guest left "ip -6 address add fd00:90::2/64 dev $nic" && guest right "ip -6 address add fd00:90::3/64 dev \$($interface)" &&
+    guest left ping -q -c 3 -W 5 fd00:90::3 && guest left ping -q -c 3 -W 5 fd00:90::1
+}
+check "over IPv6 too, under the addresses that it was given" ipv6
+
+drops() { outboard vm stats left --output json | jq ".devices[] | select(.id == \"nic0\") | .drops.$1"; }
+# Echo requests that right's kernel has seen.
+heard() { guest right "awk '/^Icmp: [0-9]/ { print \$9 }' /proc/net/snmp"; }
+guest left "ip address add 10.90.0.77/32 dev $nic"
+before=$(heard) dropped=$(drops spoofed_address)
+check "nobody answers a source address that is not left's" not guest left ping -q -c 3 -W 2 -I 10.90.0.77 10.90.0.2
+check "right has not even heard of it" same "$(heard)" "$before"
+check "the card has counted it" test "$(drops spoofed_address)" -ge $((dropped + 3))
+check "left still pings right under its own" guest left ping -q -c 1 -W 5 10.90.0.2
+
+kill -KILL "$(service_pid offload-net.service)"
+check "after the card was killed guests reach each other" within 30 guest left ping -q -c 1 -W 5 10.90.0.2
+check "and DHCP is answered as before" guest left "networkctl renew $nic && sleep 3 && ip -oneline -4 address show dev $nic | grep -q 10.90.0.11/24"
+
+for name in left right; do check "vm rm --force $name" outboard vm rm "$name" --force; done
+check "network rm" outboard network rm vpc
+check "the TAP is gone" not ip link show vpc0
