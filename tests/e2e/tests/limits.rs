@@ -33,7 +33,7 @@ fn a_guest_gets_what_the_limit_says_and_a_change_at_once() {
     let after = Instant::now();
     let served = second - first;
     let tokens = |time: Duration| rate as f64 * time.as_secs_f64();
-    let most = tokens(after - before) + burst as f64 + queues as f64;
+    let most = tokens(after - before) + burst as f64 + f64::from(queues);
     assert!(served as f64 <= most + 1.0, "{served} of {most}");
     // The bucket keeps a second's worth for a guest or a thread that does not run for a moment, so nothing is lost; what
     // was there at the first look and is not at the second is at most what the queues took at once.
