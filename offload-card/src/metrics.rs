@@ -143,6 +143,18 @@ pub fn encode(prefix: &str, version: &str, stats: &[DeviceStats], lost: usize) -
     if stats.iter().any(|d| d.queues.iter().any(|q| !q.operations.is_empty())) {
         out.operations(stats);
     }
+    if stats.iter().any(|d| d.drops.is_some()) {
+        out.family(
+            "refused_total",
+            "counter",
+            "Frames that a network did not take from a device, by reason (count).",
+        );
+        for (device, drops) in stats.iter().filter_map(|d| Some((d, d.drops?))) {
+            for (reason, frames) in drops.by_reason() {
+                out.sample("refused_total", &[("device", &device.id), ("reason", &reason)], &frames);
+            }
+        }
+    }
     out.family("batch_size", "histogram", "Answers shown to the driver at a time (count).");
     for device in stats {
         let sizes = device.queues.iter().flat_map(|q| &q.batch_sizes);
@@ -253,6 +265,8 @@ impl Text<'_> {
 mod tests {
     use std::collections::{BTreeMap, BTreeSet};
 
+    use proto::v1::NetDrops;
+
     use crate::ring::QueueCounters;
 
     use super::*;
@@ -288,7 +302,7 @@ mod tests {
         read.latency.add(40_000_000_000, 1);
         counters.batches[0].add(4);
         counters.batches[2].add(1);
-        let device = |id: &str, queues| DeviceStats { id: id.into(), connections: 2, queues };
+        let device = |id: &str, queues| DeviceStats { id: id.into(), connections: 2, queues, drops: None };
         let stats = [
             device("a", vec![counters.message(0), counters.message(1)]),
             device("b", vec![QueueCounters::default().message(0)]),
@@ -318,6 +332,17 @@ mod tests {
         assert_eq!(value(r#"outboard_blk_batch_size_sum{device="a"}"#), 18.0);
         // A card whose requests are of one kind says nothing about kinds.
         let plain = parse(&encode("outboard_net", "1", &stats[1..], 0));
-        assert!(!plain.keys().any(|name| name.contains("request_")), "{plain:#?}");
+        assert!(
+            !plain.keys().any(|name| name.contains("request_") || name.contains("refused")),
+            "{plain:#?}"
+        );
+        let refused = NetDrops { spoofed_mac: 3, ..Default::default() };
+        let net = parse(&encode(
+            "outboard_net",
+            "1",
+            &[DeviceStats { drops: Some(refused), ..device("n", vec![]) }],
+            0,
+        ));
+        assert_eq!(net[r#"outboard_net_refused_total{device="n",reason="spoofed_mac"}"#], 3.0);
     }
 }

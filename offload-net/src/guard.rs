@@ -141,7 +141,8 @@ fn v6_from_device(interface: &Interface, head: &[u8], p: &V6) -> Result<Verdict,
     let kind = icmpv6_type(head, p);
     let unspecified = p.source.is_unspecified();
     let own = interface.ipv6.contains(&p.source) || p.source == interface.link_local();
-    if !own && !(unspecified && kind.is_some_and(|k| k == NEIGHBOUR_SOLICITATION || LISTENER.contains(&k))) {
+    let addressless = kind.is_some_and(|k| k == NEIGHBOUR_SOLICITATION || LISTENER.contains(&k));
+    if !(own || unspecified && addressless) {
         return Err(DropReason::SpoofedAddress);
     }
     match kind {

@@ -10,5 +10,6 @@ pub mod v1 {
     tonic::include_proto!("outboard.v1");
 }
 
+mod drops;
 pub mod error;
 pub mod limits;

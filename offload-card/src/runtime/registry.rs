@@ -54,7 +54,7 @@ impl Place {
 }
 
 struct Lost {
-    spec: DeviceSpec,
+    spec: Box<DeviceSpec>,
     why: String,
     /// Names the attempt to make it that runs now, if one does. It may never end; the device can be deleted all the same,
     /// and whoever made it then finds his attempt forgotten.
@@ -108,7 +108,8 @@ impl<F: DeviceFactory> Registry<F> {
         }
         let ids: Vec<_> = specs.iter().map(|s| s.id.clone()).collect();
         for spec in specs {
-            let lost = Lost { why: "it has not been made again yet".into(), attempt: None, spec };
+            let lost =
+                Lost { why: "it has not been made again yet".into(), attempt: None, spec: Box::new(spec) };
             self.places().insert(lost.spec.id.clone(), Place::Lost(lost));
         }
         let (tried, all_tried) = mpsc::channel();
@@ -291,7 +292,7 @@ impl<F: DeviceFactory> Registry<F> {
                 Ok(device)
             }
             Err(e) if was_lost => {
-                let lost = Lost { spec: spec.clone(), why: e.to_string(), attempt: None };
+                let lost = Lost { spec: Box::new(spec.clone()), why: e.to_string(), attempt: None };
                 places.insert(spec.id.clone(), Place::Lost(lost));
                 Err(e)
             }
@@ -321,10 +322,10 @@ impl<F: DeviceFactory> Registry<F> {
                 },
             }
         };
-        let spec = DeviceSpec { limits, ..lost.spec.clone() };
+        let spec = DeviceSpec { limits, ..(*lost.spec).clone() };
         let written = records::write(&self.directory, &spec);
         if written.is_ok() {
-            lost.spec = spec;
+            *lost.spec = spec;
         }
         let device = describe_lost(&lost);
         self.places().insert(id.to_owned(), Place::Lost(lost));
@@ -465,7 +466,7 @@ fn same(a: &DeviceSpec, b: &DeviceSpec) -> bool {
 }
 
 fn describe_lost(lost: &Lost) -> v1::Device {
-    v1::Device { spec: Some(lost.spec.clone()), broken: lost.why.clone(), ..Default::default() }
+    v1::Device { spec: Some((*lost.spec).clone()), broken: lost.why.clone(), ..Default::default() }
 }
 
 fn describe(spec: &DeviceSpec, identity: &Identity, socket_path: String) -> v1::Device {

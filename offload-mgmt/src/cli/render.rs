@@ -185,22 +185,11 @@ pub(crate) fn stats(stats: &Stats) -> String {
         text.push('\n');
         text += &queues;
     }
-    for (device, d) in stats.devices.iter().filter_map(|d| Some((&d.id, d.drops.as_ref()?))) {
-        let reasons = [
-            ("malformed", d.malformed),
-            ("spoofed MAC", d.spoofed_mac),
-            ("spoofed address", d.spoofed_address),
-            ("spoofed neighbour", d.spoofed_neighbour),
-            ("server", d.server),
-            ("protocol", d.protocol),
-            ("multicast", d.multicast),
-            ("no destination", d.no_destination),
-            ("uplink", d.uplink),
-        ];
+    for (device, drops) in stats.devices.iter().filter_map(|d| Some((&d.id, d.drops.as_ref()?))) {
         let told: Vec<_> =
-            reasons.iter().filter(|(_, n)| *n > 0).map(|(reason, n)| format!("{reason} {n}")).collect();
+            drops.iter().filter(|(_, n)| **n > 0).map(|(reason, n)| format!("{reason} {n}")).collect();
         if !told.is_empty() {
-            let _ = writeln!(text, "\nNot taken from {device}: {}", told.join(", "));
+            let _ = writeln!(text, "\nFrames not taken from {device}: {}", told.join(", "));
         }
     }
     text

@@ -229,22 +229,7 @@ pub(crate) struct DeviceStats {
     /// Its queues.
     pub queues: Vec<QueueStats>,
     /// Of a NIC: frames that its network did not take from it, by reason; null for other devices.
-    pub drops: Option<NetDrops>,
-}
-
-/// Frames dropped, by reason.
-#[derive(Debug, Serialize)]
-#[allow(missing_docs)]
-pub(crate) struct NetDrops {
-    pub malformed: u64,
-    pub spoofed_mac: u64,
-    pub spoofed_address: u64,
-    pub spoofed_neighbour: u64,
-    pub server: u64,
-    pub protocol: u64,
-    pub multicast: u64,
-    pub no_destination: u64,
-    pub uplink: u64,
+    pub drops: Option<BTreeMap<&'static str, u64>>,
 }
 
 /// Requests of one kind, over all queues of a device. Latencies are what the card took, without what came before and
@@ -435,23 +420,7 @@ impl From<v1::DeviceStats> for DeviceStats {
             connections: d.connections,
             operations: operations(&d.queues),
             queues: d.queues.into_iter().map(QueueStats::from).collect(),
-            drops: d.drops.map(NetDrops::from),
-        }
-    }
-}
-
-impl From<v1::NetDrops> for NetDrops {
-    fn from(d: v1::NetDrops) -> Self {
-        Self {
-            malformed: d.malformed,
-            spoofed_mac: d.spoofed_mac,
-            spoofed_address: d.spoofed_address,
-            spoofed_neighbour: d.spoofed_neighbour,
-            server: d.server,
-            protocol: d.protocol,
-            multicast: d.multicast,
-            no_destination: d.no_destination,
-            uplink: d.uplink,
+            drops: d.drops.map(|drops| drops.by_reason().into_iter().collect()),
         }
     }
 }

@@ -187,7 +187,7 @@ fn a_vm_speaks_under_its_own_address_only() {
     );
     let send = "job=net-send ip=10.9.0.11 peer=10.9.0.14 peer_mac=02:00:00:00:0b:0e count=1000 wait=serial";
     let d = boot("d", "job=net-recv ip=10.9.0.14 count=1 min=0 timeout=3 secs=3", &fourth);
-    let mut c = boot("c", send, &third);
+    let c = boot("c", send, &third);
     d.reports.wait("io_begin", SOON);
     c.reports.wait("waiting", SOON);
     c.type_in(b"\n");
