@@ -83,7 +83,8 @@ impl StorageCard {
         ModeFile::new(self.modes.join(format!("{id}.write-through")))
     }
 
-    fn make(&self, spec: &DeviceSpec) -> Result<BlockDevice, Error> {
+    /// With `check`, it is only to be looked at.
+    fn make(&self, spec: &DeviceSpec, check: bool) -> Result<BlockDevice, Error> {
         let Some(Kind::Block(block)) = &spec.kind else {
             return Err(Error::invalid_field("kind", format!("device {:?} is not a block device", spec.id))
                 .remedy("create it on a card of its kind"));
@@ -110,7 +111,7 @@ impl StorageCard {
             poll: self.policy(block)?,
             host: Arc::new(Threads),
             mode_file: Some(self.mode_file(&spec.id)),
-            store: store(block)?,
+            store: store(block, check)?,
         })
     }
 
@@ -137,7 +138,7 @@ impl StorageCard {
     }
 }
 
-fn store(block: &BlockDeviceSpec) -> Result<Store, Error> {
+fn store(block: &BlockDeviceSpec, check: bool) -> Result<Store, Error> {
     let BlockDeviceSpec { path, read_only, direct, null_bytes, .. } = block;
     let format = ImageFormat::try_from(block.format)
         .map_err(|_| Error::invalid_field("format", format!("there is no image format {}", block.format)))?;
@@ -146,6 +147,7 @@ fn store(block: &BlockDeviceSpec) -> Result<Store, Error> {
             ImageFormat::Unspecified | ImageFormat::Raw => {
                 Ok(Store::Image(Arc::new(Image::open(path, *read_only, *direct)?)))
             }
+            ImageFormat::Qcow2 if check => Store::qcow2_to_check(path, *read_only, *direct),
             ImageFormat::Qcow2 => Store::qcow2(path, *read_only, *direct),
         };
     }
@@ -162,11 +164,11 @@ fn or_default(value: u32, default: u32) -> u32 {
 
 impl DeviceFactory for StorageCard {
     fn validate(&self, spec: &DeviceSpec) -> Result<Identity, Error> {
-        Ok(self.make(spec)?.identity().clone())
+        Ok(self.make(spec, true)?.identity().clone())
     }
 
     fn create(&self, spec: &DeviceSpec, notifier: ConfigNotifier) -> Result<Arc<dyn Device>, Error> {
-        let disk = Arc::new(self.make(spec)?);
+        let disk = Arc::new(self.make(spec, false)?);
         let mut disks = self.disks();
         disks.retain(|_, (disk, _)| disk.strong_count() > 0);
         disks.insert(spec.id.clone(), (Arc::downgrade(&disk), notifier));

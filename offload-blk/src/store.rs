@@ -42,6 +42,11 @@ impl Store {
         Ok(Self::Qcow2(Qcow2Store(Arc::new(Qcow2::open(path, read_only, direct)?))))
     }
 
+    /// The same to be looked at: nothing is written to it.
+    pub(crate) fn qcow2_to_check(path: &str, read_only: bool, direct: bool) -> Result<Self, Error> {
+        Ok(Self::Qcow2(Qcow2Store(Arc::new(Qcow2::check(path, read_only, direct)?))))
+    }
+
     /// A disk of `size_bytes`, a multiple of 512 and not 0, without storage.
     pub fn null(size_bytes: u64, read_only: bool) -> Result<Self, Error> {
         if size_bytes == 0 || !size_bytes.is_multiple_of(SECTOR_BYTES) {

@@ -573,7 +573,8 @@ fn requests_are_counted_and_timed_by_kind() {
                 (o.name.as_str(), count, o.errors)
             })
             .collect();
-        assert_eq!(counts, [("read", 100, 0), ("write", 2, 0), ("flush", 1, 0), ("other", 2, 1)], "{engine}");
+        let expected = [("read", 100, 0), ("write", 2, 0), ("flush", 1, 0), ("erase", 0, 0), ("other", 2, 1)];
+        assert_eq!(counts, expected, "{engine}");
         let answers: u64 = stats.batch_sizes.iter().map(|b| b.count * (b.below / 2)).sum();
         assert!(answers <= 105 && stats.batch_sizes.iter().map(|b| b.count).sum::<u64>() == stats.batches);
     }

@@ -396,6 +396,24 @@ fn chains_are_locked_bounded_and_said_what_is_wrong_with() {
     says(&path, ErrorReason::DiskInvalid, "chain of more than");
 }
 
+/// Whether a disk could be made is found out without writing: not even the marks that a writer has to take away.
+#[test]
+fn checking_a_disk_leaves_its_image_as_it_is() {
+    let dir = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+    let (path, _) = plain(dir.path());
+    // An autoclear feature: there are bitmaps, and they are right.
+    let file = File::options().write(true).open(&path).unwrap();
+    std::os::unix::fs::FileExt::write_all_at(&file, &[1], 95).unwrap();
+    let before = fs::read(&path).unwrap();
+    let card = Card::start(dir.path(), &[]);
+    let format = ImageFormat::Qcow2.into();
+    let disk = spec("d", BlockDeviceSpec { path: path.clone(), format, ..Default::default() });
+    card.create_or_check(&disk, true).unwrap();
+    assert!(fs::read(&path).unwrap() == before);
+    card.create(&disk).unwrap();
+    assert_eq!(fs::read(&path).unwrap()[95], 0);
+}
+
 /// Not by a rule for images, but by the format given: what a guest writes changes nothing.
 #[test]
 fn a_raw_image_that_looks_like_qcow2_stays_raw() {

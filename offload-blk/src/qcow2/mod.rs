@@ -91,12 +91,22 @@ impl Qcow2 {
     /// # Errors
     /// As [`Image::open`] for each of them; `DiskInvalid`, `Unsupported`: one is not what it should be.
     pub(crate) fn open(path: &str, read_only: bool, direct: bool) -> Result<Self, Error> {
+        Self::open_as(path, read_only, direct, !read_only)
+    }
+
+    /// Opens all of it as [`Qcow2::open`] does and closes it again: nothing is written, and a disk could.
+    pub(crate) fn check(path: &str, read_only: bool, direct: bool) -> Result<Self, Error> {
+        Self::open_as(path, read_only, direct, false)
+    }
+
+    /// To write to the tables is up to `writes`: the format has marks that say nobody has.
+    fn open_as(path: &str, read_only: bool, direct: bool, writes: bool) -> Result<Self, Error> {
         let image = Arc::new(Image::open_container(path, read_only, direct)?);
         let header = read_header(&image)?;
         let of_file = image.geometry();
         let geometry = Geometry { size_bytes: header.size_bytes, block_device: false, ..*of_file };
         crate::image::check_size(path, &geometry)?;
-        let access = open_qcow2(&image, &header, MAX_CHAIN)?;
+        let access = open_qcow2(&image, &header, MAX_CHAIN, writes)?;
         let map = Map::new(header.size_bytes, header.cluster_bits);
         let inner = Inner { access, image, map, version: header.version, unsynced: AtomicBool::new(false) };
         let pool = Pool::new(inner).map_err(|e| {
@@ -263,13 +273,18 @@ fn read_header(image: &Image) -> Result<Header, Error> {
 }
 
 /// Opens what `image`, whose header has been checked, is the top of: `left` files at most.
-fn open_qcow2(image: &Arc<Image>, header: &Header, left: usize) -> Result<FormatAccess<Layer>, Error> {
+fn open_qcow2(
+    image: &Arc<Image>,
+    header: &Header,
+    left: usize,
+    writes: bool,
+) -> Result<FormatAccess<Layer>, Error> {
     let backing = match &header.backing {
         Some(backing) => Some(open_backing(image, backing, left - 1)?),
         None => None,
     };
-    let mut format = Format::<Layer>::open_image(Layer::new(image.clone()), !image.read_only())
-        .map_err(|e| malformed(image, &e))?;
+    let mut format =
+        Format::<Layer>::open_image(Layer::new(image.clone()), writes).map_err(|e| malformed(image, &e))?;
     format.set_data_file(None);
     format.set_backing(backing);
     Ok(FormatAccess::new(format))
@@ -301,7 +316,7 @@ fn open_backing(
         Some("qcow2") => {
             let file = Arc::new(Image::open_container(path, true, false).map_err(of)?);
             let header = read_header(&file).map_err(of)?;
-            open_qcow2(&file, &header, left)
+            open_qcow2(&file, &header, left, false)
         }
         Some("raw") => {
             let file = Arc::new(Image::open_container(path, true, false).map_err(of)?);

@@ -76,7 +76,7 @@ fuzz_target!(|data: &[u8]| {
     let Fixture { guest, disks } = fixture();
     let mut input = Input::new(data);
     let size = 1 << (input.u8() % 8);
-    let features = if input.rarely(4) { input.u64() } else { FEATURES | 1 << 9 };
+    let features = if input.rarely(4) { input.u64() } else { FEATURES | 1 << 9 | 3 << 13 };
     let disk = &disks[usize::from(input.u8()) % disks.len()];
     let (base, rounds, laps) = (input.u8().into(), 1 + input.u8() % 3, 1 + input.u8() % 8);
     let area = input.rarely(2).then(|| InflightArea::create(1, size).expect("inflight area"));
