@@ -18,6 +18,7 @@ use crate::config::{CONFIG_BYTES, Config};
 use crate::mode::ModeFile;
 use crate::queue::{QueueHost, QueueStart, host_error};
 use crate::request::ID_BYTES;
+use crate::share::Storage;
 use crate::store::Store;
 use crate::worker::{Disk, IoEngine, QueueOrder};
 
@@ -45,6 +46,8 @@ pub struct DiskConfig {
     pub poll: PollPolicy,
     /// Who calls its queues: [`crate::Threads`], if it is all the same.
     pub host: Arc<dyn QueueHost>,
+    /// Where it lies, which it shares with other disks.
+    pub storage: Arc<Storage>,
     /// Where the cache mode outlives this process; `None`: it need not.
     pub mode_file: Option<ModeFile>,
 }
@@ -76,7 +79,8 @@ impl BlockDevice {
     /// # Errors
     /// `InvalidField`: `queues` or `queue_size` is out of its range.
     pub fn new(config: DiskConfig) -> Result<Self, Error> {
-        let DiskConfig { name, store, queues, queue_size, serial, engine, poll, host, mode_file } = config;
+        let DiskConfig { name, store, queues, queue_size, serial, engine, poll, host, storage, mode_file } =
+            config;
         if queues == 0 {
             return Err(Error::invalid_field("queues", "a disk has at least one queue"));
         }
@@ -99,7 +103,14 @@ impl BlockDevice {
             max_queue_size: queue_size,
             config_size: CONFIG_BYTES,
         };
-        let disk = Arc::new(Disk { store, config, serial: id, engine, limiter: Arc::default() });
+        let disk = Arc::new(Disk {
+            store,
+            config,
+            serial: id,
+            engine,
+            limiter: Arc::default(),
+            share: storage.share(queues),
+        });
         let span = tracing::info_span!("device", id = name);
         let queues = Mutex::new((0..queues).map(|_| None).collect());
         Ok(Self { name, identity, disk, poll, host, queues, resizing: Mutex::default(), span })

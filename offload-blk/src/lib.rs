@@ -25,6 +25,7 @@ mod qcow2;
 mod queue;
 mod request;
 mod service;
+mod share;
 mod store;
 mod worker;
 
@@ -35,5 +36,6 @@ pub use mode::ModeFile;
 pub use queue::{BlockQueue, Inline, Progress, QueueHost, QueueStart, Threads};
 pub use request::{HEADER_BYTES, ID_BYTES, Limits, NoStatus, Request, Status, parse};
 pub use service::{StorageCard, StorageService};
+pub use share::Storage;
 pub use store::{NullStore, Qcow2Store, Store};
 pub use worker::IoEngine;

@@ -22,6 +22,7 @@ use crate::mode::ModeFile;
 use crate::qcow2;
 use crate::queue::Threads;
 use crate::request::ID_BYTES;
+use crate::share::Storages;
 use crate::store::Store;
 use crate::worker::IoEngine;
 
@@ -38,6 +39,7 @@ pub struct StorageCard {
     modes: PathBuf,
     /// Those made and not yet gone, by id.
     disks: Mutex<BTreeMap<String, (Weak<BlockDevice>, ConfigNotifier)>>,
+    storages: Storages,
 }
 
 impl StorageCard {
@@ -54,7 +56,7 @@ impl StorageCard {
                 .resource(modes.display().to_string())
                 .remedy("check the runtime directory and its permissions")
         })?;
-        Ok(Self { engine, poll, modes, disks: Mutex::default() })
+        Ok(Self { engine, poll, modes, disks: Mutex::default(), storages: Storages::default() })
     }
 
     fn disks(&self) -> MutexGuard<'_, BTreeMap<String, (Weak<BlockDevice>, ConfigNotifier)>> {
@@ -102,6 +104,7 @@ impl StorageCard {
                 format!("serial number {serial:?} is not up to {ID_BYTES} printable ASCII characters");
             return Err(Error::invalid_field("serial", message));
         }
+        let store = store(block, check)?;
         BlockDevice::new(DiskConfig {
             name: spec.id.clone(),
             queues,
@@ -111,7 +114,8 @@ impl StorageCard {
             poll: self.policy(block)?,
             host: Arc::new(Threads),
             mode_file: Some(self.mode_file(&spec.id)),
-            store: store(block, check)?,
+            storage: self.storages.of(&block.path),
+            store,
         })
     }
 

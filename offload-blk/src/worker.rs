@@ -20,6 +20,7 @@ use crate::erase::{MAX_RANGES, Range};
 use crate::io::{Backend, Begun, Op};
 use crate::queue::Progress;
 use crate::request::{HEADER_BYTES, ID_BYTES, Limits, NoStatus, Request, Status, parse};
+use crate::share::{Share, cost};
 use crate::store::Store;
 use meter::{Kind, Meter};
 use slot::Slot;
@@ -63,6 +64,7 @@ pub(crate) struct Disk {
     pub(crate) serial: [u8; ID_BYTES],
     pub(crate) engine: IoEngine,
     pub(crate) limiter: Arc<Limiter>,
+    pub(crate) share: Arc<Share>,
 }
 
 /// Requests wait until the disk's limits allow the next one. Times of [`clock::now`].
@@ -94,8 +96,10 @@ pub(crate) struct Worker {
     spare_ranges: Vec<Range>,
     /// Requests with a slot.
     active: u16,
-    /// Requests whose transfer found no room.
+    /// Requests whose transfer found no room, or has to leave it to another disk's.
     full: VecDeque<u16>,
+    /// What is under way at the storage, as [`cost`] counts it.
+    under_way: u32,
     /// Cost of the answers not yet shown to the driver.
     unpublished: u32,
     /// What a write is now.
@@ -136,6 +140,7 @@ impl Worker {
             spare_ranges: Vec::with_capacity(if null { 0 } else { MAX_RANGES }),
             active: 0,
             full: VecDeque::with_capacity(size),
+            under_way: 0,
             unpublished: 0,
             write: Op::Write,
             slow: 0,
@@ -334,8 +339,9 @@ impl Worker {
 
     /// Looks at what is the same for all requests taken in one go.
     fn begin_batch(&mut self) {
-        self.meter.begin();
+        let now = self.meter.begin();
         if !self.null {
+            self.disk.share.busy(now);
             self.limits.size_bytes = self.disk.config.size_bytes();
             let through = self.disk.config.write_through(self.ring.features());
             self.write = if through { Op::WriteThrough } else { Op::Write };
@@ -400,12 +406,19 @@ impl Worker {
     /// Begins the next transfer of a request, and those after it as far as they end at once.
     fn go_on(&mut self, head: u16) {
         loop {
+            if !self.disk.share.allows(self.under_way) {
+                return self.full.push_back(head);
+            }
             let slot = &mut self.slots[usize::from(head)];
             // SAFETY: the slot keeps its iovecs and the chain they point into until the completion comes back; slots are
             // dropped only when none is active (`BlockQueue` sees to it), or with the whole process.
             match unsafe { self.backend.begin(head, &slot.transfer(&self.disk.store)) } {
                 Begun::Done(result) if self.moved(head, result) => {}
-                Begun::Done(_) | Begun::Pending => return,
+                Begun::Done(_) => return,
+                Begun::Pending => {
+                    let cost = cost(self.slots[usize::from(head)].length());
+                    return self.set_under_way(self.under_way + cost);
+                }
                 Begun::Full => return self.full.push_back(head),
             }
         }
@@ -422,6 +435,8 @@ impl Worker {
                 self.meter.begin();
             }
             any = true;
+            let cost = cost(self.slots[usize::from(head)].length());
+            self.set_under_way(self.under_way.saturating_sub(cost));
             if self.moved(head, result) {
                 self.go_on(head);
             }
@@ -433,6 +448,11 @@ impl Worker {
             }
         }
         any
+    }
+
+    fn set_under_way(&mut self, under_way: u32) {
+        self.under_way = under_way;
+        self.disk.share.set(self.ring.index(), under_way);
     }
 
     /// A transfer ended with `result`. True if the request needs another.

@@ -669,8 +669,8 @@ fn limits_are_set_at_run_time_and_outlive_the_process() {
     assert_eq!(card.list()[0].spec.as_ref().unwrap().limits, Some(limited));
     let mut front = connect(&device);
     let mut guest = Guest::new(1, 64, DRIVER);
-    guest.connect(&mut front);
     let since = Instant::now();
+    guest.connect(&mut front);
     for _ in 0..5 {
         assert_eq!(guest.run(0, T_IN, 0, 4096), OK);
     }

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use common::{DRIVER, Guest, PATIENCE, T_DISCARD, T_FLUSH, T_GET_ID, T_IN, T_OUT, T_WRITE_ZEROES, pattern};
-use offload_blk::{BlockDevice, DiskConfig, Image, Inline, IoEngine, QueueHost, Store, Threads};
+use offload_blk::{BlockDevice, DiskConfig, Image, Inline, IoEngine, QueueHost, Storage, Store, Threads};
 use offload_card::poll::{PollMode, PollPolicy};
 use offload_card::qos::Limits;
 use offload_card::ring::{FEATURES, QueueShared};
@@ -33,6 +33,7 @@ fn config(store: Store, host: Arc<dyn QueueHost>, mode: PollMode, queue_size: u1
         engine: IoEngine::Auto,
         poll: PollPolicy { mode, ..Default::default() },
         host,
+        storage: Arc::default(),
         mode_file: None,
     }
 }
@@ -344,6 +345,7 @@ fn a_disk_that_cannot_be_is_refused() {
             engine: IoEngine::Auto,
             poll: PollPolicy::default(),
             host: Arc::new(Threads),
+            storage: Arc::default(),
             mode_file: None,
         };
         assert!(BlockDevice::new(config).is_err(), "{queues} queues of {queue_size}");
@@ -446,9 +448,8 @@ fn operations(per_second: u64, burst: u64) -> Limits {
     Limits::new(Some(&limits)).unwrap()
 }
 
-/// Keeps `depth` reads of `length` bytes going until `count` are done; how long that took.
-fn keep_reading(guest: &mut Guest, depth: u64, count: u64, length: u32) -> Duration {
-    let since = Instant::now();
+/// Keeps `depth` reads of `length` bytes going until `count` are done.
+fn keep_reading(guest: &mut Guest, depth: u64, count: u64, length: u32) {
     for slot in 0..depth {
         guest.begin(0, slot, T_IN, 0, length);
     }
@@ -458,7 +459,6 @@ fn keep_reading(guest: &mut Guest, depth: u64, count: u64, length: u32) -> Durat
             guest.begin(0, done % depth, T_IN, 0, length);
         }
     }
-    since.elapsed()
 }
 
 /// However the queue waits: what is done is what the limit allows in the time that it took.
@@ -471,13 +471,15 @@ fn a_limited_disk_does_what_it_may_and_no_more() {
             let disk = disk(store, Arc::new(Threads), mode, 256);
             disk.set_limits(operations(rate, burst)).unwrap();
             let mut guest = Guest::new(1, 64, DRIVER);
+            // Not only when the first request is made: the queue may have looked at its clock before.
+            let since = Instant::now();
             let shared = start(&disk, &guest);
-            let took = keep_reading(&mut guest, 16, count, 4096);
+            keep_reading(&mut guest, 16, count, 4096);
+            let took = since.elapsed();
             let least = Duration::from_secs(1) * (count - burst) as u32 / rate as u32;
             assert!(took >= least - Duration::from_micros(1), "{took:?} {least:?}");
-            // A queue that is late by less than the burst's 100 ms loses nothing; later than that it is only if the
-            // machine does not let it run.
-            assert!(took < 3 * least, "{took:?} {least:?}");
+            // What it does no less than is the buckets' tests' business: here it depends on who else wants the CPUs.
+            assert!(took < PATIENCE, "{took:?} {least:?}");
             let (times, ns) = (shared.counters.throttled.get(), shared.counters.throttled_ns.get());
             assert!(times > 0 && Duration::from_nanos(ns) <= took, "{times} {ns}");
             stop(&disk);
@@ -491,9 +493,11 @@ fn bytes_are_limited_and_a_request_larger_than_the_burst_passes() {
     let limits = DeviceLimits { bytes_per_second: 1 << 20, bytes_burst: 4096, ..Default::default() };
     disk.set_limits(Limits::new(Some(&limits)).unwrap()).unwrap();
     let mut guest = Guest::new(1, 64, DRIVER);
+    let since = Instant::now();
     start(&disk, &guest);
     // The first at once, the second when all of it but the burst is paid: 63 of 256 parts of a second.
-    let took = keep_reading(&mut guest, 1, 2, 256 << 10);
+    keep_reading(&mut guest, 1, 2, 256 << 10);
+    let took = since.elapsed();
     let least = Duration::from_secs(1) * 63 / 256;
     assert!(took >= least && took < 10 * least, "{took:?}");
     stop(&disk);
@@ -578,4 +582,30 @@ fn requests_are_counted_and_timed_by_kind() {
         let answers: u64 = stats.batch_sizes.iter().map(|b| b.count * (b.below / 2)).sum();
         assert!(answers <= 105 && stats.batch_sizes.iter().map(|b| b.count).sum::<u64>() == stats.batches);
     }
+}
+
+/// Two disks that flood one storage hold each other back, and neither is forgotten: all requests come back, again and
+/// again, also those that found no room and have nobody to wake them but the queue's own.
+#[test]
+fn disks_that_share_a_storage_get_on() {
+    let storage = Arc::<Storage>::default();
+    let flood = |storage| {
+        let (_file, store) = file(8 << 20);
+        let base = config(store, Arc::new(Threads), PollMode::Adaptive, 256);
+        let disk = BlockDevice::new(DiskConfig { storage, engine: IoEngine::IoUring, ..base }).unwrap();
+        // 48 of 4 KiB are more than half of what a shared storage has under way, 16 of 256 KiB even more so.
+        let mut guest = Guest::new(1, 256, DRIVER);
+        let shared = start(&disk, &guest);
+        for _ in 0..5 {
+            keep_reading(&mut guest, 48, 2000, 4096);
+            keep_reading(&mut guest, 16, 100, 256 << 10);
+        }
+        stop(&disk);
+        (shared.counters.requests.get(), shared.counters.errors.get())
+    };
+    let floods = [(); 2].map(|()| {
+        let storage = storage.clone();
+        std::thread::spawn(move || flood(storage))
+    });
+    assert_eq!(floods.map(|thread| thread.join().unwrap()), [(10_500, 0); 2]);
 }

@@ -69,6 +69,7 @@ fn disk(store: Store, engine: IoEngine, queues: u16) -> BlockDevice {
         engine,
         poll: PollPolicy { mode: PollMode::Adaptive, ..Default::default() },
         host: Arc::new(Threads),
+        storage: Arc::default(),
         mode_file: None,
     })
     .unwrap()

@@ -285,4 +285,23 @@ mod tests {
         }
         assert!(begun >= 2);
     }
+
+    /// A wait for limits ends when it is to, however the queue does its I/O.
+    #[test]
+    fn a_wait_ends_in_time() {
+        let (_file, store) = image();
+        for engine in [IoEngine::IoUring, IoEngine::Sync] {
+            let (mut backend, _) = Backend::new(&store, wakers(), 2, engine, true).unwrap();
+            let wait = Duration::from_micros(300);
+            // The machine may be busy, but not each time.
+            let exact = (0..1000).any(|_| {
+                let since = std::time::Instant::now();
+                backend.wait(Some(wait)).unwrap();
+                let waited = since.elapsed();
+                assert!(waited >= wait, "{waited:?}");
+                waited < Duration::from_millis(1)
+            });
+            assert!(exact, "{engine:?}");
+        }
+    }
 }

@@ -53,11 +53,12 @@ impl Meter {
         Self { now: 0, fresh: false, untimed: [0; KINDS.len()], taken: vec![0; slots] }
     }
 
-    /// A batch is being taken.
-    pub(super) fn begin(&mut self) {
+    /// A batch is being taken: now.
+    pub(super) fn begin(&mut self) -> u64 {
         if !self.fresh {
             (self.now, self.fresh) = (clock::now(), true);
         }
+        self.now
     }
 
     /// Nothing happens now.

@@ -83,6 +83,7 @@ fuzz_target!(|data: &[u8]| {
         engine: IoEngine::Sync,
         poll: PollPolicy { mode: PollMode::Never, ..Default::default() },
         host: inline.clone(),
+        storage: Arc::default(),
         mode_file: None,
     };
     let device = BlockDevice::new(config).expect("device");

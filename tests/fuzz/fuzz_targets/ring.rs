@@ -47,6 +47,7 @@ fn disk(store: Store, engine: IoEngine, inline: bool) -> Disk {
         engine,
         poll: PollPolicy { mode: PollMode::Never, ..Default::default() },
         host,
+        storage: Arc::default(),
         mode_file: None,
     };
     Disk { device: BlockDevice::new(config).expect("device"), inline }

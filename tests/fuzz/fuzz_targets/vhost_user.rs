@@ -56,6 +56,7 @@ fn fixture() -> &'static Fixture {
             engine: IoEngine::Auto,
             poll: PollPolicy { mode: PollMode::Never, ..Default::default() },
             host: Arc::new(Threads),
+            storage: Arc::default(),
             mode_file: None,
         });
         let device = Arc::new(device.expect("device"));

@@ -119,6 +119,7 @@ fn run(args: &Args, started: Instant) -> anyhow::Result<ExitCode> {
             engine: IoEngine::Auto,
             poll: PollPolicy::default(),
             host,
+            storage: Arc::default(),
             mode_file: None,
         };
         let device = Arc::new(BlockDevice::new(config).map_err(say)?);
