@@ -5,6 +5,10 @@
 //! completions only when asked to (DEFER_TASKRUN), and a flag in shared memory says when to ask: polling costs no
 //! system call.
 //!
+//! The image is not registered with the ring. The kernel takes a ring down in its own time, tens of milliseconds after its
+//! process was killed, and keeps registered files open, and locked, until then: guests would wait for that. An image that
+//! is not registered is kept by the transfers under way, and no longer.
+//!
 //! What only the image's format can do, its own threads do, and say so by an eventfd that is a third poll.
 //!
 //! What needs no waiting is quicker without a ring: data in the page cache is read by a preadv2 that must not block, and
@@ -15,7 +19,7 @@ use std::os::fd::AsRawFd;
 use std::sync::Arc;
 use std::time::Duration;
 
-use io_uring::types::{Fd, Fixed, FsyncFlags, SubmitArgs, Timespec};
+use io_uring::types::{Fd, FsyncFlags, SubmitArgs, Timespec};
 use io_uring::{IoUring, cqueue, opcode, squeue};
 use tracing::warn;
 
@@ -27,11 +31,6 @@ use crate::qcow2::{Mailbox, Qcow2, Work};
 const KICK: u64 = 1 << 32;
 const ORDERS: u64 = 2 << 32;
 const FORMATTED: u64 = 3 << 32;
-
-/// Index of the image among the registered files.
-const IMAGE: Fixed = Fixed(0);
-/// Index of the way around O_DIRECT.
-const BUFFERED: Fixed = Fixed(1);
 
 /// Longest write into the page cache that the queue's thread does itself, in bytes.
 const WRITE_HERE_BYTES: usize = 64 * 1024;
@@ -60,13 +59,6 @@ pub(crate) struct Uring {
     write_here: bool,
 }
 
-impl Drop for Uring {
-    /// The kernel takes a ring down in its own time, and the image would stay open, and locked, until then.
-    fn drop(&mut self) {
-        let _ = self.ring.submitter().unregister_files();
-    }
-}
-
 impl Uring {
     /// For up to `depth` transfers at a time; belongs to the calling thread. With `here`, what needs no waiting is done
     /// without the ring.
@@ -74,7 +66,6 @@ impl Uring {
         let Target { image, qcow2 } = target;
         // One entry per transfer and three for the polls.
         let ring = build(u32::from(depth) + 3)?;
-        ring.submitter().register_files(&[image.file().as_raw_fd(), image.buffered().as_raw_fd()])?;
         let cached = here && !image.direct();
         let formatted = qcow2.map(|qcow2| -> io::Result<_> {
             let mailbox = Arc::new(Mailbox::new(depth)?);
@@ -158,7 +149,8 @@ impl Uring {
         if let Some(result) = unsafe { self.try_here(transfer) } {
             return Begun::Done(result);
         }
-        let file = if transfer.unaligned { BUFFERED } else { IMAGE };
+        let file = if transfer.unaligned { self.image.buffered() } else { self.image.file() };
+        let file = Fd(file.as_raw_fd());
         let (offset, iovecs) = (transfer.offset, transfer.iovecs);
         let (first, count) = (iovecs.as_ptr(), iovecs.len() as u32);
         let entry = match (transfer.op, iovecs) {

@@ -77,6 +77,9 @@ pub(in crate::slot) struct Inflight {
     queue_size: u16,
 }
 
+/// Requests under way at a time: sockets hold so many messages, and as many acknowledgements, while nobody reads.
+const MAX_UNACKNOWLEDGED: usize = 32;
+
 /// A ring to be started. Addresses are guest-physical.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(in crate::slot) struct RingSetup {
@@ -103,6 +106,8 @@ pub(in crate::slot) struct Frontend {
     memory: Option<Arc<GuestRam>>,
     // End of what consists of several requests.
     limit: Option<Instant>,
+    // Sent, and not acknowledged yet, in order.
+    unacknowledged: Vec<Request>,
 }
 
 impl Frontend {
@@ -115,6 +120,7 @@ impl Frontend {
             has_protocol_features: false,
             memory: None,
             limit: None,
+            unacknowledged: Vec::new(),
         })
     }
 
@@ -213,7 +219,7 @@ impl Frontend {
     pub(in crate::slot) fn set_features(&mut self, features: u64) -> Result<(), LinkError> {
         let own = if self.has_protocol_features { F_PROTOCOL_FEATURES } else { 0 };
         let payload = Payload::default().u64(features | own);
-        self.set(Request::SetFeatures, payload.as_slice(), &[], self.deadline())
+        self.post(Request::SetFeatures, payload.as_slice(), &[], self.deadline())
     }
 
     /// No reset is waiting any more.
@@ -239,13 +245,13 @@ impl Frontend {
         if one_by_one {
             for r in ram.regions() {
                 let payload = region(Payload::default().u64(0), r);
-                self.set(Request::AddMemReg, payload.as_slice(), &[raw(&**ram.memfd())], deadline)?;
+                self.post(Request::AddMemReg, payload.as_slice(), &[raw(&**ram.memfd())], deadline)?;
             }
         } else {
             let header = Payload::default().u32(length(ram.regions().len())?).u32(0);
             let payload = ram.regions().iter().fold(header, region);
             let fds = vec![raw(&**ram.memfd()); ram.regions().len()];
-            self.set(Request::SetMemTable, payload.as_slice(), &fds, deadline)?;
+            self.post(Request::SetMemTable, payload.as_slice(), &fds, deadline)?;
         }
         self.memory = Some(Arc::clone(ram));
         Ok(())
@@ -261,6 +267,7 @@ impl Frontend {
         const REQUEST: Request = Request::GetInflightFd;
         let deadline = self.deadline();
         let payload = inflight_payload(0, 0, queues, queue_size);
+        self.settle(deadline)?;
         self.connection.send(REQUEST, payload.as_slice(), &[], false, deadline)?;
         let (reply, file) = self.connection.receive(REQUEST, deadline)?;
         // 20 bytes of fields; most implementations send their C structure, which is padded to 24.
@@ -274,7 +281,7 @@ impl Frontend {
     /// Gives the device the memory in which it, or its predecessor, noted what is in flight.
     pub(in crate::slot) fn set_inflight(&mut self, area: &Inflight) -> Result<(), LinkError> {
         let payload = inflight_payload(area.size, area.offset, area.queues, area.queue_size);
-        self.set(Request::SetInflightFd, payload.as_slice(), &[raw(&area.file)], self.deadline())
+        self.post(Request::SetInflightFd, payload.as_slice(), &[raw(&area.file)], self.deadline())
     }
 
     /// Starts a ring at index `base` of its available ring.
@@ -289,7 +296,7 @@ impl Frontend {
         let deadline = self.deadline();
         let index = u32::from(ring.index);
         let state = |value: u16| Payload::default().u32(index).u32(u32::from(value));
-        self.set(Request::SetVringNum, state(ring.size).as_slice(), &[], deadline)?;
+        self.post(Request::SetVringNum, state(ring.size).as_slice(), &[], deadline)?;
         let addresses = Payload::default()
             .u32(index)
             .u32(0)
@@ -297,15 +304,15 @@ impl Frontend {
             .u64(USER_BASE + ring.used)
             .u64(USER_BASE + ring.available)
             .u64(0);
-        self.set(Request::SetVringAddr, addresses.as_slice(), &[], deadline)?;
-        self.set(Request::SetVringBase, state(base).as_slice(), &[], deadline)?;
+        self.post(Request::SetVringAddr, addresses.as_slice(), &[], deadline)?;
+        self.post(Request::SetVringBase, state(base).as_slice(), &[], deadline)?;
         let number = Payload::default().u64(u64::from(ring.index));
-        self.set(Request::SetVringErr, number.as_slice(), &[raw(error)], deadline)?;
-        self.set(Request::SetVringCall, number.as_slice(), &[raw(call)], deadline)?;
+        self.post(Request::SetVringErr, number.as_slice(), &[raw(error)], deadline)?;
+        self.post(Request::SetVringCall, number.as_slice(), &[raw(call)], deadline)?;
         // The kick starts the ring, so it comes when everything else is known.
-        self.set(Request::SetVringKick, number.as_slice(), &[raw(kick)], deadline)?;
+        self.post(Request::SetVringKick, number.as_slice(), &[raw(kick)], deadline)?;
         if self.has_protocol_features {
-            self.set(Request::SetVringEnable, state(1).as_slice(), &[], deadline)?;
+            self.post(Request::SetVringEnable, state(1).as_slice(), &[], deadline)?;
         }
         Ok(())
     }
@@ -315,6 +322,7 @@ impl Frontend {
     pub(in crate::slot) fn stop_rings(&mut self, indices: &[u16]) -> Result<Vec<u16>, LinkError> {
         const REQUEST: Request = Request::GetVringBase;
         let deadline = Instant::now() + self.patience.stop;
+        self.settle(deadline)?;
         indices
             .iter()
             .map(|&index| {
@@ -337,8 +345,9 @@ impl Frontend {
         self.set(Request::ResetDevice, &[], &[], self.deadline())
     }
 
-    /// Makes sure that everything before has been done, with a device that does not acknowledge.
+    /// Makes sure that everything before has been done.
     pub(in crate::slot) fn synchronize(&mut self) -> Result<(), LinkError> {
+        self.settle(self.deadline())?;
         if !self.has(protocol::REPLY_ACK) {
             self.get_u64(Request::GetFeatures, self.deadline())?;
         }
@@ -354,6 +363,7 @@ impl Frontend {
         const REQUEST: Request = Request::GetConfig;
         const HEADER: usize = 12;
         let payload = Payload::default().u32(0).u32(length(size)?).u32(0).bytes(&vec![0; size]);
+        self.settle(deadline)?;
         self.connection.send(REQUEST, payload.as_slice(), &[], false, deadline)?;
         let (mut reply, _) = self.connection.receive(REQUEST, deadline)?;
         // An error is answered by an empty payload, with or without its header.
@@ -367,6 +377,7 @@ impl Frontend {
     }
 
     fn get_u64(&mut self, request: Request, deadline: Instant) -> Result<u64, LinkError> {
+        self.settle(deadline)?;
         self.connection.send(request, &[], &[], false, deadline)?;
         let (reply, _) = self.connection.receive(request, deadline)?;
         match (u64_at(&reply, 0), reply.len()) {
@@ -383,17 +394,41 @@ impl Frontend {
         fds: &[i32],
         deadline: Instant,
     ) -> Result<(), LinkError> {
+        self.post(request, payload, fds, deadline)?;
+        self.settle(deadline)
+    }
+
+    /// As `set`, but the acknowledgement is waited for later, together with others: a guest waits while rings are started,
+    /// and on a busy host each wait may cost it a time slice.
+    fn post(
+        &mut self,
+        request: Request,
+        payload: &[u8],
+        fds: &[i32],
+        deadline: Instant,
+    ) -> Result<(), LinkError> {
+        if self.unacknowledged.len() == MAX_UNACKNOWLEDGED {
+            self.settle(deadline)?;
+        }
         let acknowledge = self.has(protocol::REPLY_ACK);
         self.connection.send(request, payload, fds, acknowledge, deadline)?;
-        if !acknowledge {
-            return Ok(());
+        if acknowledge {
+            self.unacknowledged.push(request);
         }
-        let (reply, _) = self.connection.receive(request, deadline)?;
-        match (u64_at(&reply, 0), reply.len()) {
-            (Some(0), 8) => Ok(()),
-            (Some(_), 8) => Err(LinkError::Refused(request.as_str())),
-            _ => Err(wrong_length(request, reply.len())),
+        Ok(())
+    }
+
+    /// Takes the acknowledgements that are due.
+    fn settle(&mut self, deadline: Instant) -> Result<(), LinkError> {
+        for request in std::mem::take(&mut self.unacknowledged) {
+            let (reply, _) = self.connection.receive(request, deadline)?;
+            match (u64_at(&reply, 0), reply.len()) {
+                (Some(0), 8) => {}
+                (Some(_), 8) => return Err(LinkError::Refused(request.as_str())),
+                _ => return Err(wrong_length(request, reply.len())),
+            }
         }
+        Ok(())
     }
 }
 
