@@ -180,7 +180,7 @@ mod tests {
         let block = BlockDeviceSpec { path: "/i".into(), ..Default::default() };
         assert_eq!(
             read(&record(Some(1), &[old])),
-            [DeviceSpec { id: "a".into(), kind: kind(block.clone()) }]
+            [DeviceSpec { id: "a".into(), kind: kind(block.clone()), limits: None }]
         );
         // The same with fields that nobody knows yet, in the block's specification, in the device's, and in the record:
         // 1000: 7, and 1001: "new".
@@ -188,7 +188,7 @@ mod tests {
         let newer_block = [&[0x12, 4 + unknown.len() as u8][..], &old[2..], unknown].concat();
         let mut newer = record(Some(1), &[&newer_block, unknown]);
         newer.extend(unknown);
-        assert_eq!(read(&newer), [DeviceSpec { id: "a".into(), kind: kind(block) }]);
+        assert_eq!(read(&newer), [DeviceSpec { id: "a".into(), kind: kind(block), limits: None }]);
         // What must not be overlooked, and what is no record.
         assert!(read(&record(Some(2), &[old])).is_empty());
         assert!(read(&record(None, &[old])).is_empty());
