@@ -63,12 +63,19 @@ struct Pauses {
     restarts: usize,
     /// Of restarts that the guest had recovered from before the next one.
     alone: Vec<Duration>,
+    /// Of at least a millisecond, when there was no restart: what a busy host does to a guest by itself.
+    other: Vec<Duration>,
 }
 
 impl Pauses {
     /// Adds those of a guest: when its card was restarted, and its gaps (end, length).
     fn add(&mut self, restarts: &[Duration], gaps: &[(Duration, Duration)]) {
         self.restarts += restarts.len();
+        let by_itself = |&&(end, length): &&(Duration, Duration)| {
+            let during = end.saturating_sub(length + SKEW)..=end + SKEW;
+            !restarts.iter().any(|r| during.contains(r))
+        };
+        self.other.extend(gaps.iter().filter(by_itself).map(|gap| gap.1));
         for &restart in restarts {
             let during = |&(end, length): &(Duration, Duration)| {
                 (end.saturating_sub(length + SKEW)..=end + SKEW).contains(&restart)
@@ -83,22 +90,30 @@ impl Pauses {
         }
     }
 
-    fn print(mut self, what: &str) {
-        self.alone.sort();
-        let count = self.alone.len();
-        let at =
-            |share: f64| self.alone[((count as f64 * share) as usize).min(count - 1)].as_secs_f64() * 1e3;
+    fn print(self, what: &str) {
         println!(
-            "{} {what}, no error, no mismatch; pauses of {count} that came alone, in ms: min {:.1}, p50 {:.1}, \
-             p90 {:.1}, p99 {:.1}, max {:.1}",
+            "{} {what}, no error, no mismatch\n  pauses of those that came alone: {}\n  others of 1 ms or more: {}",
             self.restarts,
-            at(0.0),
-            at(0.5),
-            at(0.9),
-            at(0.99),
-            at(1.0)
+            distribution(self.alone),
+            distribution(self.other)
         );
     }
+}
+
+fn distribution(mut all: Vec<Duration>) -> String {
+    all.sort();
+    let (count, last) = (all.len(), all.len().saturating_sub(1));
+    let at = |share: f64| {
+        all.get(((count as f64 * share) as usize).min(last)).map_or(0.0, |d| d.as_secs_f64() * 1e3)
+    };
+    format!(
+        "{count}, in ms: min {:.1}, p50 {:.1}, p90 {:.1}, p99 {:.1}, max {:.1}",
+        at(0.0),
+        at(0.5),
+        at(0.9),
+        at(0.99),
+        at(1.0)
+    )
 }
 
 fn wanted(default: usize) -> usize {

@@ -5,71 +5,34 @@
 #![no_main]
 
 use std::sync::{Arc, OnceLock};
-use std::time::Instant;
 
-use fuzz::PATIENCE;
-use fuzz::guest::{Front, Guest, MAX_SIZE, RING, Step};
+use fuzz::disk::{self, Disk};
+use fuzz::guest::{Front, Guest, RING, Step};
 use fuzz::input::Input;
-use fuzz::memfd::{memfd, path};
 use libfuzzer_sys::fuzz_target;
-use offload_blk::{BlockDevice, DiskConfig, Image, Inline, IoEngine, QueueHost, Store, Threads};
+use offload_blk::IoEngine;
 use offload_card::Device;
 use offload_card::event::Event;
-use offload_card::poll::{PollMode, PollPolicy};
 use offload_card::ring::{FEATURES, InflightArea, QueueShared, Ring, RingConfig};
 
 const MAX_STEPS: usize = 48;
 const IMAGE_BYTES: u64 = 64 * 512;
-
-struct Disk {
-    device: BlockDevice,
-    /// `None`: its queues have threads.
-    inline: Option<Arc<Inline>>,
-}
 
 struct Fixture {
     guest: Guest,
     disks: [Disk; 4],
 }
 
-fn disk(store: Store, engine: IoEngine, inline: bool) -> Disk {
-    let inline = inline.then(|| Arc::new(Inline::new(1)));
-    let host: Arc<dyn QueueHost> = match &inline {
-        Some(inline) => inline.clone(),
-        None => Arc::new(Threads),
-    };
-    let config = DiskConfig {
-        name: "fuzz".into(),
-        store,
-        queues: 1,
-        queue_size: MAX_SIZE,
-        serial: "fuzz".into(),
-        engine,
-        poll: PollPolicy { mode: PollMode::Never, ..Default::default() },
-        host,
-        storage: Arc::default(),
-        mode_file: None,
-    };
-    Disk { device: BlockDevice::new(config).expect("device"), inline }
-}
-
 fn fixture() -> &'static Fixture {
     static FIXTURE: OnceLock<Fixture> = OnceLock::new();
-    FIXTURE.get_or_init(|| {
-        let image = || {
-            let file = memfd(IMAGE_BYTES, false);
-            Store::Image(Arc::new(Image::open(&path(&file), false, false).expect("image")))
-        };
-        let null = || Store::null(IMAGE_BYTES, false).expect("null store");
-        Fixture {
-            guest: Guest::new(true),
-            disks: [
-                disk(image(), IoEngine::Sync, true),
-                disk(null(), IoEngine::Sync, true),
-                disk(image(), IoEngine::Auto, false),
-                disk(null(), IoEngine::Auto, false),
-            ],
-        }
+    FIXTURE.get_or_init(|| Fixture {
+        guest: Guest::new(true),
+        disks: [
+            disk::image(IMAGE_BYTES, IoEngine::Sync, true),
+            disk::null(IMAGE_BYTES, true),
+            disk::image(IMAGE_BYTES, IoEngine::Auto, false),
+            disk::null(IMAGE_BYTES, false),
+        ],
     })
 }
 
@@ -77,7 +40,7 @@ fuzz_target!(|data: &[u8]| {
     let Fixture { guest, disks } = fixture();
     let mut input = Input::new(data);
     let size = 1 << (input.u8() % 8);
-    let features = if input.rarely(4) { input.u64() } else { FEATURES | 1 << 9 | 3 << 13 };
+    let features = if input.rarely(4) { input.u64() } else { FEATURES | 1 << 9 };
     let disk = &disks[usize::from(input.u8()) % disks.len()];
     let (base, rounds, laps) = (input.u8().into(), 1 + input.u8() % 3, 1 + input.u8() % 8);
     let area = input.rarely(2).then(|| InflightArea::create(1, size).expect("inflight area"));
@@ -91,9 +54,7 @@ fuzz_target!(|data: &[u8]| {
     let (event, table) = (Event::new().expect("eventfd"), guest.table(0));
     let kick = || {
         event.signal();
-        if let Some(inline) = &disk.inline {
-            inline.notify(0);
-        }
+        disk.notify();
     };
     let silent = || event.signal();
     let front = |kick| Front { kick, table: &table, inflight: area.as_ref().map(|(_, file)| file) };
@@ -124,9 +85,7 @@ fuzz_target!(|data: &[u8]| {
             });
             disk.device.start_queue(ring).expect("the queue starts");
             kick();
-            disk.device.begin_stop(0);
-            let stopped = disk.device.stop_queue(0, Instant::now() + PATIENCE);
-            assert!(stopped.expect("the queue stops").is_some());
+            disk.stop();
         });
         assert!(shared.broken().is_some() || shared.counters.in_flight.get() == 0);
     }

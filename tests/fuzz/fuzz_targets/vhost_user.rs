@@ -12,15 +12,14 @@ use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use fuzz::PATIENCE;
+use fuzz::disk::{self, Disk};
 use fuzz::front::{Files, Message};
-use fuzz::guest::{Front, Guest, MAX_SIZE, Step};
+use fuzz::guest::{Front, Guest, Step};
 use fuzz::input::Input;
-use fuzz::memfd::{memfd, path};
 use libfuzzer_sys::fuzz_target;
-use offload_blk::{BlockDevice, DiskConfig, Image, IoEngine, Store, Threads};
+use offload_blk::IoEngine;
 use offload_card::ConfigNotifier;
 use offload_card::memory::MemoryTable;
-use offload_card::poll::{PollMode, PollPolicy};
 use offload_card::server::DeviceServer;
 
 const MAX_MESSAGES: usize = 64;
@@ -45,21 +44,8 @@ fn fixture() -> &'static Fixture {
     static FIXTURE: OnceLock<Fixture> = OnceLock::new();
     FIXTURE.get_or_init(|| {
         let socket = std::env::temp_dir().join(format!("fuzz-vhost-user-{}.sock", std::process::id()));
-        let file = memfd(64 * 512, false);
-        let image = Image::open(&path(&file), false, false).expect("image");
-        let device = BlockDevice::new(DiskConfig {
-            name: "fuzz".into(),
-            store: Store::Image(Arc::new(image)),
-            queues: 2,
-            queue_size: MAX_SIZE,
-            serial: "fuzz".into(),
-            engine: IoEngine::Auto,
-            poll: PollPolicy { mode: PollMode::Never, ..Default::default() },
-            host: Arc::new(Threads),
-            storage: Arc::default(),
-            mode_file: None,
-        });
-        let device = Arc::new(device.expect("device"));
+        let (store, file) = disk::raw(64 * 512);
+        let device = Arc::new(Disk::new(store, IoEngine::Auto, false, 2).device);
         let (listener, notifier) = (UnixListener::bind(&socket).expect("socket"), ConfigNotifier::default());
         let server = DeviceServer::start("fuzz", device, listener, &notifier).expect("server");
         drop(file);

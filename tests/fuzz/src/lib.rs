@@ -1,6 +1,7 @@
 //! What the fuzz targets share: reading an input as choices, a guest whose memory is small enough for random addresses to
 //! mean something, and the files a front-end may pass.
 
+pub mod disk;
 pub mod front;
 pub mod guest;
 pub mod input;
