@@ -1,0 +1,99 @@
+//! A frame that a guest sends into a network with a prefix: what is let through is in the guest's own name and meant for
+//! one receiver, and what is answered is answered with the truth.
+#![no_main]
+
+use std::sync::LazyLock;
+
+use fuzz::input::Input;
+use libfuzzer_sys::fuzz_target;
+use offload_net::answer::{self, dhcp};
+use offload_net::frame::offload::Offloads;
+use offload_net::frame::{Bytes, ETH_HEADER, Frame, HEAD_MAX, Memory};
+use offload_net::guard::{self, Question, Verdict};
+use offload_net::mac::MacAddr;
+use offload_net::subnet::{Interface, Subnet};
+use vm_memory::VolatileSlice;
+
+const MAC: [u8; 6] = [0x52, 0x54, 0, 0, 0, 7];
+const OWN: [u8; 4] = [10, 88, 0, 7];
+const OWN6: [u8; 16] = [0xfd, 0, 0, 0x88, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 7];
+
+static SUBNET: LazyLock<Subnet> = LazyLock::new(|| {
+    let spec = proto::v1::NetworkSpec {
+        id: "fuzz".to_owned(),
+        ipv4_prefix: "10.88.0.0/24".to_owned(),
+        ipv6_prefix: "fd00:88::/64".to_owned(),
+        ..Default::default()
+    };
+    Subnet::check(&spec, 1500, &[]).expect("a good network").expect("with a prefix")
+});
+static INTERFACE: LazyLock<Interface> = LazyLock::new(|| Interface {
+    ipv4: vec![OWN.into()],
+    ipv6: vec![OWN6.into()],
+    hostname: "fuzz".to_owned(),
+    ..Interface::plain(MacAddr(MAC))
+});
+
+fuzz_target!(|data: &[u8]| {
+    let mut input = Input::new(data);
+    let choices = input.u8();
+    let mut bytes = input.bytes(usize::MAX).to_vec();
+    if bytes.len() < ETH_HEADER {
+        return;
+    }
+    // Guessing six bytes is not what is to be found out.
+    if choices & 1 == 0 {
+        bytes[6..12].copy_from_slice(&MAC);
+    }
+    let head_len = bytes.len().min(HEAD_MAX);
+    let mut tail = bytes[head_len..].to_vec();
+    let tail_len = tail.len();
+    let slices = [VolatileSlice::from(tail.as_mut_slice())];
+    let frame = Frame {
+        head: &bytes[..head_len],
+        tail: Memory::Host(&slices),
+        tail_bytes: Bytes { start: 0, len: tail_len },
+        offloads: Offloads::default(),
+    };
+    let _ = guard::from_uplink(&SUBNET, &frame);
+    match guard::from_device(&SUBNET, &INTERFACE, &frame) {
+        Err(_) => {}
+        Ok(Verdict::Forward) => forwarded(&bytes),
+        Ok(Verdict::Answer(Question::Arp(request))) => {
+            assert!(request.operation == 1 && request.sender_mac.0 == MAC && bytes[6..12] == MAC);
+        }
+        Ok(Verdict::Answer(Question::Neighbour { from, .. })) => {
+            assert!(from.is_unspecified() || from.octets() == OWN6 || from == INTERFACE.link_local());
+        }
+        Ok(Verdict::Answer(Question::Dhcp(part))) => {
+            let mut message = vec![0; part.len];
+            assert!(frame.copy_out(part.start, &mut message), "it lies in the frame");
+            assert_eq!(message, bytes[part.start..part.start + part.len]);
+            let mut buffer = [0; answer::MAX];
+            if let Ok(Some(length)) = dhcp::reply(&message, &INTERFACE, &SUBNET, &mut buffer) {
+                let reply = &buffer[42..length];
+                assert!([[0; 4], OWN].contains(&reply[16..20].try_into().expect("4 bytes")));
+                assert_eq!(reply[28..34], MAC);
+            }
+        }
+    }
+});
+
+/// By other means than the guard's.
+fn forwarded(f: &[u8]) {
+    assert!(f[0] & 1 == 0 && f[6..12] == MAC);
+    match f[12..14] {
+        [8, 0] => {
+            assert_eq!(f[26..30], OWN);
+            let l4 = 14 + usize::from(f[14] & 15) * 4;
+            let first = f[20] & 0x1f == 0 && f[21] == 0;
+            assert!(!(f[23] == 17 && first && f[l4..l4 + 4] == [0, 67, 0, 68]), "a DHCP server");
+        }
+        [0x86, 0xdd] => {
+            assert!(f[22..38] == OWN6 || f[22..38] == INTERFACE.link_local().octets());
+            assert!(!(f[20] == 58 && (134..=137).contains(&f[54])), "neighbour discovery");
+            assert!(!(f[20] == 17 && f[54..58] == [2, 35, 2, 34]), "a DHCPv6 server");
+        }
+        _ => panic!("another protocol"),
+    }
+}
