@@ -10,6 +10,7 @@ use proto::error::{Error, ErrorReason};
 use tonic::Code;
 
 use super::netlink::{self, Prefix};
+use super::udev;
 use crate::frame::Frame;
 use crate::frame::header::{self, VnetHeader};
 use crate::mac::MacAddr;
@@ -82,11 +83,18 @@ impl Tap {
         Ok(Self { fd, name: name.to_owned(), index })
     }
 
-    /// Sets the interface up, with its MTU, its MAC address if one is given, and the host's addresses on it.
+    /// Sets the interface up, with its MTU, its MAC address if one is given, and the host's addresses on it. May wait for
+    /// udev.
     ///
     /// # Errors
     /// What the kernel refuses, e.g. an address without IPv6 in the kernel.
     pub fn configure(&self, mtu: u32, mac: Option<MacAddr>, addresses: &[Prefix]) -> Result<(), Error> {
+        if mac.is_some() && !udev::settle(self.index) {
+            tracing::warn!(
+                tap = self.name,
+                "udev has not been done with it in time, and may change its MAC address"
+            );
+        }
         netlink::set_up(self.index, mtu, mac)
             .map_err(|e| host_error(&self.name, &format!("set up with MTU {mtu}"), &e))?;
         for a in addresses {
