@@ -15,7 +15,7 @@ const PATIENCE: Duration = Duration::from_secs(2);
 const PAUSE: Duration = Duration::from_millis(5);
 
 /// Waits until udev, if it runs, has done what it does to the new interface of this index. False if it has not in time.
-pub fn settle(index: u32) -> bool {
+pub(super) fn settle(index: u32) -> bool {
     settle_in(Path::new(CONTROL), &Path::new("/run/udev/data").join(format!("n{index}")), PATIENCE)
 }
 
