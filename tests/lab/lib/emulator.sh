@@ -17,8 +17,8 @@
 #    triple fault. Seen with probes in the unmodified binary: 5 such deliveries in 2 boots with a misaligned locked instruction
 #    every millisecond. Nothing needs that store.
 #
-# Both need two threads at work. A build that is not known is left as it is and emulates all processors in one thread: right, and
-# half as fast.
+# Both need two threads at work. A build that is not known is left as it is and emulates all processors in one thread, which is
+# slower.
 
 # mend_emulator FILE: takes them out of the build we know, and says with a file beside it that it did.
 mend_emulator() {
