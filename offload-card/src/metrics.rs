@@ -37,7 +37,7 @@ impl Display for Value {
     }
 }
 
-const PER_QUEUE: [PerQueue; 12] = [
+const PER_QUEUE: [PerQueue; 13] = [
     PerQueue {
         name: "chains_taken_total",
         kind: "counter",
@@ -97,6 +97,12 @@ const PER_QUEUE: [PerQueue; 12] = [
         kind: "counter",
         help: "Times the queue's thread went to sleep (count).",
         value: |q| Count(q.sleeps),
+    },
+    PerQueue {
+        name: "copied_bytes_total",
+        kind: "counter",
+        help: "Payload that the card itself copied, as often as it did (bytes).",
+        value: |q| Count(q.bytes_copied),
     },
     PerQueue {
         name: "throttled_total",

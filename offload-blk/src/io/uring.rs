@@ -32,6 +32,9 @@ const KICK: u64 = 1 << 32;
 const ORDERS: u64 = 2 << 32;
 const FORMATTED: u64 = 3 << 32;
 
+/// Transfers handed over by one system call. Many would save calls, but the storage has nothing to do while they are gathered,
+/// and then all at once: with 32 requests of 4 KiB under way, batches of 2 to 4 gave a tenth more than batches of 32.
+const AT_ONCE: usize = 4;
 /// Longest write into the page cache that the queue's thread does itself, in bytes.
 const WRITE_HERE_BYTES: usize = 64 * 1024;
 /// How long the host is given to find memory for a system call that failed for lack of it.
@@ -172,7 +175,14 @@ impl Uring {
             (Op::Sync, _) => opcode::Fsync::new(file).flags(FsyncFlags::DATASYNC).build(),
         };
         // SAFETY: the caller keeps what the entry points to until the completion is taken, and `image` the file.
-        if unsafe { self.push(&entry.user_data(u64::from(tag))) } { Begun::Pending } else { Begun::Full }
+        if !unsafe { self.push(&entry.user_data(u64::from(tag))) } {
+            return Begun::Full;
+        }
+        if self.ring.submission().len() >= AT_ONCE {
+            // Why it fails will be seen when it is tried again.
+            let _ = self.ring.submit();
+        }
+        Begun::Pending
     }
 
     /// Does a transfer at once if it needs no waiting.

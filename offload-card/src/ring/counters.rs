@@ -35,6 +35,8 @@ pub struct QueueCounters {
     pub bytes_in: Counter,
     /// Payload bytes read from guest memory.
     pub bytes_out: Counter,
+    /// Bytes that the card's own instructions copied to or from guest memory, or kept for later, once for each time.
+    pub copied: Counter,
     /// Requests answered with an error.
     pub errors: Counter,
     /// Frames dropped.
@@ -83,6 +85,7 @@ impl QueueCounters {
             requests: self.requests.get(),
             bytes_in: self.bytes_in.get(),
             bytes_out: self.bytes_out.get(),
+            bytes_copied: self.copied.get(),
             errors: self.errors.get(),
             dropped: self.dropped.get(),
             kicks: self.kicks.get(),

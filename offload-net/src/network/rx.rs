@@ -107,6 +107,7 @@ impl RxQueue {
         match room {
             Room::Now => {}
             Room::Later if self.backlog.push(frame) => {
+                self.ring.counters().copied.add(frame.bytes() as u64);
                 if !waits {
                     self.await_buffers();
                 }
@@ -213,7 +214,9 @@ impl RxQueue {
             left -= n;
         }
         self.let_go(buffers);
-        self.ring.counters().bytes_in.add(frame.bytes() as u64);
+        let counters = self.ring.counters();
+        counters.bytes_in.add(frame.bytes() as u64);
+        counters.copied.add(frame.bytes() as u64);
         self.dirty = true;
         Room::Now
     }

@@ -331,6 +331,7 @@ impl Worker {
         let mut buf: TxHead = [0; LEN + HEAD_MAX];
         let mut frames = 0;
         let mut bytes = 0;
+        let mut heads = 0;
         while frames < BUDGET && bytes <= BUDGET_BYTES {
             let Some(queue) = tx_of(&mut self.ports, id) else { return frames };
             match queue.ring.pop(&mut chain) {
@@ -347,6 +348,7 @@ impl Worker {
                 Ok(frame) => self.forward(&frame, Ingress::Port(id, mac)).map(|()| frame.bytes()),
                 Err(_) => Err(DropReason::Malformed),
             };
+            heads += (chain.readable_len() as usize).clamp(LEN, LEN + HEAD_MAX) - LEN;
             bytes += chain.readable_len() as usize + DESCRIPTOR_BYTES * usize::from(chain.descriptors());
             let Some(Port { tx: Some(queue), drops, .. }) = self.ports.get_mut(id.0).and_then(Option::as_mut)
             else {
@@ -364,6 +366,7 @@ impl Worker {
             queue.ring.push(chain.head(), 0);
         }
         if let Some(queue) = tx_of(&mut self.ports, id) {
+            queue.ring.counters().copied.add(heads as u64);
             queue.ring.publish();
             if queue.ring.memory_changed() {
                 // It has been returned, and may be all that keeps what was removed.

@@ -41,7 +41,7 @@ enum Unit {
 impl Metric {
     /// Every metric, for what must hold of all.
     #[cfg(test)]
-    pub(crate) const ALL: [Self; 25] = [
+    pub(crate) const ALL: [Self; 26] = [
         Self::OpsPerS,
         Self::BytesPerS,
         Self::P50Ns,
@@ -66,6 +66,7 @@ impl Metric {
         Self::FirstLineNs,
         Self::FirstIoNs,
         Self::MemoryBytes,
+        Self::CopiesPerByte,
         Self::CopyNs,
     ];
 
@@ -96,6 +97,7 @@ impl Metric {
             Self::FirstLineNs => ("process start to first line", "first line", Nanoseconds),
             Self::FirstIoNs => ("process start to first completed I/O", "first I/O", Nanoseconds),
             Self::MemoryBytes => ("memory beyond guest RAM", "memory", Bytes),
+            Self::CopiesPerByte => ("copies of each byte by the card", "copies", PerOperation),
             Self::CopyNs => ("memcpy of 4 KiB", "memcpy 4K", Nanoseconds),
         }
     }

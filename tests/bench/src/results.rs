@@ -157,6 +157,8 @@ pub(crate) enum Metric {
     FirstIoNs,
     /// Memory of the VMM's process beyond guest RAM (PSS).
     MemoryBytes,
+    /// Bytes that the card itself copied, for each byte of a frame that it delivered.
+    CopiesPerByte,
     /// A memcpy of 4 KiB, for comparison.
     CopyNs,
 }

@@ -224,12 +224,14 @@ impl Workload {
                 vec![OpsPerS, P50Ns, P99Ns, BackendNsPerOp, VcpuNsPerOp, UserExitsPerOp, KicksPerOp]
             }
             Self::Network { traffic: Traffic::RoundTrip, .. } => {
-                vec![P50Ns, OpsPerS, P99Ns, BackendNsPerOp, UserExitsPerOp]
+                vec![P50Ns, OpsPerS, P99Ns, BackendNsPerOp, UserExitsPerOp, CopiesPerByte]
             }
             Self::Network { traffic: Traffic::Packets, .. } => {
-                vec![OpsPerS, BackendNsPerOp, VcpuNsPerOp, UserExitsPerOp]
+                vec![OpsPerS, BackendNsPerOp, VcpuNsPerOp, UserExitsPerOp, CopiesPerByte]
             }
-            Self::Network { .. } => vec![BytesPerS, OpsPerS, BackendNsPerOp, VcpuNsPerOp, UserExitsPerOp],
+            Self::Network { .. } => {
+                vec![BytesPerS, OpsPerS, BackendNsPerOp, VcpuNsPerOp, UserExitsPerOp, CopiesPerByte]
+            }
             Self::Jitter { .. } => vec![LostNsPerOp, LostPercent, MaxGapNs, BackendNsPerOp],
             Self::Scale { .. } => vec![OpsPerS, Fairness, P99Ns, BackendNsPerOp, BackendPercent, MemoryBytes],
             Self::StartUp => vec![FirstLineNs, FirstIoNs, MemoryBytes],
@@ -313,9 +315,10 @@ fn block(profile: Profile) -> Vec<Workload> {
             cells.extend([1, 32].map(|depth| cell(Null, RandomRead, 4096, depth, 1, Irq)));
             for backing in [Buffered, Direct] {
                 for op in [RandomRead, RandomWrite] {
-                    cells.extend([1, 32].map(|depth| small(backing, op, depth)));
+                    for queues in [1, 2] {
+                        cells.extend([1, 32].map(|depth| cell(backing, op, 4096, depth, queues, Poll)));
+                    }
                 }
-                cells.push(cell(backing, RandomRead, 4096, 32, 2, Poll));
                 cells.push(cell(backing, RandomRead, 4096, 32, 1, Irq));
                 cells.extend([Read, Write].map(|op| cell(backing, op, 128 << 10, 8, 1, Poll)));
             }

@@ -198,9 +198,18 @@ impl Card {
     }
 
     fn stats(&self, device: &str) -> DeviceStats {
+        self.stats_of(device).swap_remove(0)
+    }
+
+    /// All devices' counters.
+    pub fn all_stats(&self) -> Vec<DeviceStats> {
+        self.stats_of("")
+    }
+
+    fn stats_of(&self, device: &str) -> Vec<DeviceStats> {
         let request = GetCardStatsRequest { device_id: device.to_owned() };
         let stats = self.runtime.block_on(CardClient::new(self.channel.clone()).get_stats(request));
-        stats.expect("card statistics").into_inner().devices.swap_remove(0)
+        stats.expect("card statistics").into_inner().devices
     }
 
     /// What a network device's network did not take from it.

@@ -13,7 +13,7 @@ const SYSTEMS: [(&str, &str, &str, f64, f64); 9] = [
     ("inline", "the same engine in the vCPU thread, on the exit", "", 3.9, 41_000.0),
     ("qemu", "QEMU, virtio-blk with iothread and io_uring", "7.2.22", 2.7, 2_800.0),
     ("qemu-card", "QEMU as front-end of our card", "7.2.22", 1.01, 2_600.0),
-    ("qsd", "our hypervisor and qemu-storage-daemon", "7.2.22", 1.24, 17_500.0),
+    ("outboard-qsd", "our hypervisor and qemu-storage-daemon", "7.2.22", 1.24, 17_500.0),
     ("qemu-qsd", "QEMU and qemu-storage-daemon", "7.2.22", 1.26, 18_000.0),
 ];
 
@@ -212,7 +212,7 @@ fn jitter(noise: &mut Noise, rounds: u32, rate: u32) -> Cell {
     cell(id, "jitter", &parameters, &headline, rounds, |name, _, _| {
         let lost_ns = match name {
             "inline" => 42_000.0,
-            "qemu" | "qemu-qsd" | "qsd" | "thread" | "card-irq" => 4_200.0,
+            "qemu" | "qemu-qsd" | "outboard-qsd" | "thread" | "card-irq" => 4_200.0,
             _ => 260.0,
         } * noise.next();
         let values = vec![

@@ -8,17 +8,18 @@ use std::fmt::Write;
 use crate::results::Results;
 
 /// Name, colour on white, colour on black, dashes of its lines.
-const KNOWN: [(&str, &str, &str, &str); 12] = [
+const KNOWN: [(&str, &str, &str, &str); 13] = [
     ("card-poll", "#0b5fa5", "#64b1f5", "none"),
     ("card", "#0b5fa5", "#64b1f5", "none"),
     ("card-adaptive", "#3a97dd", "#3f8fd4", "6 3"),
     ("card-irq", "#82bdea", "#a9d4f9", "2 2"),
+    ("card-qcow2", "#3a97dd", "#3f8fd4", "2 2"),
     ("thread", "#00735a", "#2fbf95", "none"),
     ("inline", "#55b897", "#8fe0c3", "6 3"),
     ("qemu", "#b8470b", "#f0803c", "none"),
     ("qemu-main-loop", "#e38a55", "#f7b183", "6 3"),
     ("qemu-card", "#75389c", "#b884db", "none"),
-    ("qsd", "#b184cc", "#d9b8ec", "6 3"),
+    ("outboard-qsd", "#b184cc", "#d9b8ec", "6 3"),
     ("qemu-qsd", "#c99700", "#f2c14e", "none"),
     ("host", "#636a73", "#a2a9b3", "none"),
 ];

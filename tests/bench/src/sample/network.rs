@@ -65,6 +65,7 @@ pub(super) fn sample(
     let setup = Setup { guests, uplink: peer == Peer::Host, quick_start: false };
     let booted = vmm.boot(bench, &setup)?;
     let _echo = (one_by_one && peer == Peer::Host).then(HostPeer::start).transpose()?;
+    let before = booted.network.as_deref().map(copies);
     let (booted, used) = run_booted(booted, bench, &setup)?;
     let sent = booted.guests[0].result(bench.patience())?;
     let counted = match (peer, one_by_one) {
@@ -78,7 +79,32 @@ pub(super) fn sample(
         sample.values.insert(Metric::BytesPerS, used.frame_bytes / used.seconds);
     }
     add_used(&mut sample, &used, std::slice::from_ref(&counted))?;
+    if let (Some(card), Some(before), Peer::Guest) = (booted.network.as_deref(), before, peer) {
+        let after = copies(card);
+        let delivered = after.delivered.saturating_sub(before.delivered);
+        let copied = after.copied.saturating_sub(before.copied);
+        if delivered > 0 {
+            sample.values.insert(Metric::CopiesPerByte, copied as f64 / delivered as f64);
+        }
+    }
     Ok(sample)
+}
+
+/// What a network card's devices have done, in bytes.
+struct Copies {
+    /// Frames put into guests' buffers.
+    delivered: u64,
+    /// As often as they were copied.
+    copied: u64,
+}
+
+fn copies(card: &e2e::card::Card) -> Copies {
+    let devices = card.all_stats();
+    let queues = || devices.iter().flat_map(|device| &device.queues);
+    Copies {
+        delivered: queues().map(|queue| queue.bytes_in).sum(),
+        copied: queues().map(|queue| queue.bytes_copied).sum(),
+    }
 }
 
 fn networked(name: &str, cmdline: String, nic: u8) -> GuestSetup {

@@ -5,14 +5,14 @@ use std::process::Command;
 use std::rc::Rc;
 
 use anyhow::{Context, anyhow};
-use proto::v1::{BlockDeviceSpec, Device, PollMode};
+use proto::v1::{BlockDeviceSpec, Device, ImageFormat, PollMode};
 
 use super::{Booted, Disk, Setup, Vmm};
 use crate::bench::Bench;
 use crate::probe::place_process;
 use crate::results;
 use crate::vm::Guest;
-use crate::workload::{Backing, Workload};
+use crate::workload::{Backing, Block, Workload};
 
 /// When a card's threads poll.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -48,6 +48,8 @@ impl Poll {
 /// Hypervisor and cards.
 pub(crate) struct Card {
     poll: Poll,
+    /// Disks are in qcow2 files.
+    qcow2: bool,
     cards: Option<Cards>,
 }
 
@@ -56,6 +58,7 @@ pub(crate) struct Card {
 pub(crate) struct Cards {
     directory: PathBuf,
     poll: Poll,
+    format: ImageFormat,
     storage: Option<Process>,
     network: Option<Process>,
 }
@@ -68,12 +71,13 @@ struct Process {
 impl Cards {
     /// Cards that keep what they have below a directory of this name.
     pub(crate) fn new(bench: &Bench, name: &str, poll: Poll) -> Self {
-        Self { directory: bench.dir.path().join(name), poll, storage: None, network: None }
+        let directory = bench.dir.path().join(name);
+        Self { directory, poll, format: ImageFormat::Raw, storage: None, network: None }
     }
 
     /// Makes the devices of `setup`, in the order of its guests; each guard removes its device.
     pub(crate) fn devices(&mut self, bench: &Bench, setup: &Setup) -> anyhow::Result<Vec<Vec<Plugged>>> {
-        let poll = self.poll;
+        let (poll, format) = (self.poll, self.format);
         let start = |program: &'static str, arguments: &[&str]| {
             let mut card = e2e::card::Card::start_with(program, &self.directory.join(program), arguments);
             let pid = card.process().pid();
@@ -93,7 +97,8 @@ impl Cards {
             if let Some(disk) = &guest.disk {
                 let process = self.storage.get_or_insert_with(|| start("offload-blk", &[]));
                 place_process(process.pid, setup.backend_cpu(bench));
-                devices.push(Plugged::disk(&process.card, &format!("{}-disk", guest.name), disk, poll)?);
+                let id = format!("{}-disk", guest.name);
+                devices.push(Plugged::disk(&process.card, &id, disk, poll, format)?);
             }
             if let (Some(last), Some(network)) = (guest.nic, &network) {
                 devices.push(Plugged::nic(&format!("{}-nic", guest.name), network, last)?);
@@ -101,6 +106,11 @@ impl Cards {
             all.push(devices);
         }
         Ok(all)
+    }
+
+    /// The network card, if it runs.
+    pub(crate) fn network(&self) -> Option<Rc<e2e::card::Card>> {
+        self.network.as_ref().map(|process| process.card.clone())
     }
 
     /// Those that run.
@@ -144,7 +154,13 @@ pub(crate) struct Plugged {
 }
 
 impl Plugged {
-    fn disk(card: &Rc<e2e::card::Card>, id: &str, disk: &Disk, poll: Poll) -> anyhow::Result<Self> {
+    fn disk(
+        card: &Rc<e2e::card::Card>,
+        id: &str,
+        disk: &Disk,
+        poll: Poll,
+        format: ImageFormat,
+    ) -> anyhow::Result<Self> {
         let (queues, poll) = (u32::from(disk.queues), poll.mode().into());
         let spec = match disk.backing {
             Backing::Null => BlockDeviceSpec { null_bytes: disk.bytes, queues, poll, ..Default::default() },
@@ -153,6 +169,7 @@ impl Plugged {
                 queues,
                 poll,
                 direct: backing == Backing::Direct,
+                format: format.into(),
                 ..Default::default()
             },
         };
@@ -200,11 +217,17 @@ pub(crate) fn slot(device: &Device) -> String {
 
 impl Card {
     pub(crate) fn new(poll: Poll) -> Self {
-        Self { poll, cards: None }
+        Self { poll, qcow2: false, cards: None }
+    }
+
+    /// With the test file's content in a qcow2 file without a backing file, all of it allocated.
+    pub(crate) fn qcow2() -> Self {
+        Self { poll: Poll::Always, qcow2: true, cards: None }
     }
 
     fn name(&self) -> &'static str {
         match self.poll {
+            _ if self.qcow2 => "card-qcow2",
             Poll::Adaptive => "card",
             Poll::Always => "card-poll",
             Poll::Never => "card-irq",
@@ -215,6 +238,7 @@ impl Card {
 impl Vmm for Card {
     fn about(&self) -> results::System {
         let how = match self.poll {
+            _ if self.qcow2 => "cards poll all the time, and the disk is a qcow2 file with the same content",
             Poll::Adaptive => "cards poll while it pays (their default)",
             Poll::Always => "cards poll all the time",
             Poll::Never => "cards sleep until they are kicked",
@@ -226,13 +250,27 @@ impl Vmm for Card {
         }
     }
 
-    fn can_run(&self, _workload: &Workload) -> Result<(), String> {
-        Ok(())
+    fn can_run(&self, workload: &Workload) -> Result<(), String> {
+        match workload {
+            _ if !self.qcow2 => Ok(()),
+            Workload::Block(Block { backing: Backing::Buffered, block_bytes: 4096, .. }) => {
+                super::needed("qemu-img", super::version("qemu-img").as_ref(), "Debian's package qemu-utils")
+            }
+            _ => Err("it is there to compare qcow2 with raw in the page cache, requests of 4 KiB".into()),
+        }
     }
 
     fn boot(&mut self, bench: &Bench, setup: &Setup) -> anyhow::Result<Booted> {
         let (name, poll) = (self.name(), self.poll);
         let cards = self.cards.get_or_insert_with(|| Cards::new(bench, name, poll));
+        let mut setup = setup.clone();
+        if self.qcow2 {
+            cards.format = ImageFormat::Qcow2;
+            for disk in setup.guests.iter_mut().filter_map(|guest| guest.disk.as_mut()) {
+                disk.path = bench.qcow2()?;
+            }
+        }
+        let setup = &setup;
         let devices = cards.devices(bench, setup)?;
         let mut guests = Vec::new();
         for (guest, devices) in setup.guests.iter().zip(&devices) {
@@ -241,6 +279,6 @@ impl Vmm for Card {
             guests.push(Guest::start(command, bench.dir.path(), &guest.name, setup.backend_cpu(bench))?);
         }
         let keep = devices.into_iter().flatten().map(|d| Box::new(d) as _).collect();
-        Ok(Booted { guests, backends: cards.pids(), keep })
+        Ok(Booted { guests, backends: cards.pids(), network: cards.network(), keep })
     }
 }

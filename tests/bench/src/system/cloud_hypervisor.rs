@@ -44,7 +44,7 @@ impl Vmm for CloudHypervisor {
     }
 
     fn boot(&mut self, bench: &Bench, setup: &Setup) -> anyhow::Result<Booted> {
-        let mut booted = Booted { guests: Vec::new(), backends: Vec::new(), keep: Vec::new() };
+        let mut booted = Booted::default();
         for guest in &setup.guests {
             let mut command = Command::new(CLOUD_HYPERVISOR);
             command.arg("--kernel").arg(e2e::binary("bench-guest")).args(["--cmdline", &guest.cmdline]);

@@ -45,7 +45,7 @@ impl Vmm for Firecracker {
     }
 
     fn boot(&mut self, bench: &Bench, setup: &Setup) -> anyhow::Result<Booted> {
-        let mut booted = Booted { guests: Vec::new(), backends: Vec::new(), keep: Vec::new() };
+        let mut booted = Booted::default();
         for guest in &setup.guests {
             let drives: Vec<_> = guest
                 .disk

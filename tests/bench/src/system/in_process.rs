@@ -80,7 +80,7 @@ impl Vmm for InProcess {
 
     fn boot(&mut self, bench: &Bench, setup: &Setup) -> anyhow::Result<Booted> {
         let network = OwnNetwork::make(setup)?;
-        let mut booted = Booted { guests: Vec::new(), backends: Vec::new(), keep: Vec::new() };
+        let mut booted = Booted::default();
         for (n, guest) in setup.guests.iter().enumerate() {
             let mut command = Command::new(e2e::binary("in-process-vmm"));
             command.args(["--io", self.io()]);

@@ -10,6 +10,7 @@ pub(crate) mod qemu;
 use std::any::Any;
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
+use std::rc::Rc;
 
 use crate::bench::Bench;
 use crate::results;
@@ -102,10 +103,13 @@ pub(crate) struct Disk {
 pub(crate) const HOST_IP: &str = "10.9.0.1";
 
 /// Guests that run, and who serves them.
+#[derive(Default)]
 pub(crate) struct Booted {
     pub(crate) guests: Vec<Guest>,
     /// Processes other than the VMMs that do their I/O.
     pub(crate) backends: Vec<u32>,
+    /// The network card of ours among them.
+    pub(crate) network: Option<Rc<e2e::card::Card>>,
     /// Devices and helpers that go when the guests are gone.
     pub(crate) keep: Vec<Box<dyn Any>>,
 }
@@ -117,6 +121,7 @@ pub(crate) fn all() -> Vec<Box<dyn System>> {
         crate::sample::on(Card::new(Poll::Adaptive)),
         crate::sample::on(Card::new(Poll::Always)),
         crate::sample::on(Card::new(Poll::Never)),
+        crate::sample::on(Card::qcow2()),
         crate::sample::on(in_process::InProcess::thread()),
         crate::sample::on(in_process::InProcess::inline()),
         crate::sample::on(qemu::Qemu::in_process()),

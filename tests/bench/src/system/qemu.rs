@@ -77,13 +77,14 @@ impl Vmm for Qemu {
     }
 
     fn boot(&mut self, bench: &Bench, setup: &Setup) -> anyhow::Result<Booted> {
-        let mut booted = Booted { guests: Vec::new(), backends: Vec::new(), keep: Vec::new() };
+        let mut booted = Booted::default();
         let (devices, own_network) = match self.devices {
             Devices::Own => (Vec::new(), OwnNetwork::make(setup)?),
             Devices::Cards => {
                 let cards = self.cards.get_or_insert_with(|| Cards::new(bench, "qemu-card", Poll::Adaptive));
                 let devices = cards.devices(bench, setup)?;
                 booted.backends = cards.pids();
+                booted.network = cards.network();
                 (devices, None)
             }
             Devices::StorageDaemon => (Vec::new(), None),
@@ -298,7 +299,7 @@ impl Vmm for StorageDaemon {
     }
 
     fn boot(&mut self, bench: &Bench, setup: &Setup) -> anyhow::Result<Booted> {
-        let mut booted = Booted { guests: Vec::new(), backends: Vec::new(), keep: Vec::new() };
+        let mut booted = Booted::default();
         for guest in &setup.guests {
             let mut slots = Vec::new();
             if let Some(disk) = &guest.disk {
