@@ -27,6 +27,7 @@ mod request;
 mod service;
 mod share;
 mod store;
+mod suspect;
 mod worker;
 
 pub use device::{BlockDevice, DiskConfig, MAX_QUEUE_SIZE, MIN_QUEUE_SIZE};

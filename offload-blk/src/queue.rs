@@ -5,7 +5,7 @@ use std::io;
 use std::sync::{Arc, Mutex, PoisonError, mpsc};
 
 use offload_card::poll::{Next, Pacer, PollMode, PollPolicy, Receiver};
-use offload_card::{Ring, RingState};
+use offload_card::{Ring, RingState, slice};
 use proto::error::Error;
 use proto::v1::ErrorReason;
 use tonic::Code;
@@ -247,6 +247,8 @@ impl QueueHost for Threads {
                     }
                 };
                 let _ = opening.send(Ok(()));
+                // The thread that started this one is of those that run soon; from here on it is about throughput.
+                let _ = slice::reset();
                 queue.run();
             })
             .map_err(|e| host_error(&disk, index, "cannot start a thread", &e))?;

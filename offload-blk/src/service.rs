@@ -24,6 +24,7 @@ use crate::queue::Threads;
 use crate::request::ID_BYTES;
 use crate::share::Storages;
 use crate::store::Store;
+use crate::suspect::{Suspects, watched};
 use crate::worker::IoEngine;
 
 const MAX_QUEUES: u32 = 64;
@@ -37,6 +38,7 @@ pub struct StorageCard {
     poll: PollPolicy,
     /// Where cache modes are kept.
     modes: PathBuf,
+    suspects: Suspects,
     /// Those made and not yet gone, by id.
     disks: Mutex<BTreeMap<String, (Weak<BlockDevice>, ConfigNotifier)>>,
     storages: Storages,
@@ -49,14 +51,17 @@ impl StorageCard {
     /// # Errors
     /// `Host`: the directory cannot be used.
     pub fn new(engine: IoEngine, poll: PollPolicy, runtime_dir: &Path) -> Result<Self, Error> {
-        let modes = runtime_dir.join("modes");
-        std::fs::create_dir_all(&modes).map_err(|e| {
-            let message = format!("cannot make directory {}: {e}", modes.display());
+        let failed = |path: &Path, e: std::io::Error| {
+            let message = format!("cannot make directory {}: {e}", path.display());
             Error::new(Code::Internal, ErrorReason::Host, message)
-                .resource(modes.display().to_string())
+                .resource(path.display().to_string())
                 .remedy("check the runtime directory and its permissions")
-        })?;
-        Ok(Self { engine, poll, modes, disks: Mutex::default(), storages: Storages::default() })
+        };
+        let modes = runtime_dir.join("modes");
+        std::fs::create_dir_all(&modes).map_err(|e| failed(&modes, e))?;
+        let suspects = runtime_dir.join("suspects");
+        let suspects = Suspects::new(suspects.clone()).map_err(|e| failed(&suspects, e))?;
+        Ok(Self { engine, poll, modes, suspects, disks: Mutex::default(), storages: Storages::default() })
     }
 
     fn disks(&self) -> MutexGuard<'_, BTreeMap<String, (Weak<BlockDevice>, ConfigNotifier)>> {
@@ -104,7 +109,15 @@ impl StorageCard {
                 format!("serial number {serial:?} is not up to {ID_BYTES} printable ASCII characters");
             return Err(Error::invalid_field("serial", message));
         }
-        let store = store(block, check)?;
+        let mark = self.suspects.mark(&spec.id);
+        if let Some(why) = self.suspects.why(&spec.id) {
+            let message = format!("the image of disk {} has made the card panic: {why}", spec.id);
+            return Err(Error::new(Code::FailedPrecondition, ErrorReason::DiskInvalid, message)
+                .resource(&block.path)
+                .remedy("check the image with qemu-img; delete the disk to try it once more"));
+        }
+        // What has not been made cannot be deleted, so it leaves no mark.
+        let store = watched((!check).then_some(mark), || store(block, check))?;
         BlockDevice::new(DiskConfig {
             name: spec.id.clone(),
             queues,
@@ -184,6 +197,9 @@ impl DeviceFactory for StorageCard {
         if let Err(e) = self.mode_file(id).set(false) {
             warn!("the next disk named {id} begins with a write-through cache: {e}");
         }
+        if let Err(e) = self.suspects.forget(id) {
+            warn!("the next disk named {id} is taken for one that has made the card panic: {e}");
+        }
     }
 }
 
@@ -231,5 +247,29 @@ impl storage_card_server::StorageCard for StorageService {
         let card = self.0.clone();
         let size_bytes = blocking(move || card.resize(&id, size_bytes)).await?;
         Ok(Response::new(ResizeDeviceResponse { size_bytes }))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_disk_over_which_the_card_has_died_does_not_keep_the_others_from_being_made() {
+        let dir = tempfile::tempdir().unwrap();
+        let card =
+            StorageCard::new(IoEngine::Sync, PollPolicy::default(), dir.path()).expect("a storage card");
+        let spec = |id: &str| {
+            let path = dir.path().join(id);
+            std::fs::File::create(&path).and_then(|f| f.set_len(1 << 20)).unwrap();
+            let block = BlockDeviceSpec { path: path.to_str().unwrap().to_owned(), ..Default::default() };
+            DeviceSpec { id: id.to_owned(), kind: Some(Kind::Block(block)), limits: None }
+        };
+        std::fs::write(dir.path().join("suspects/a"), "it panicked at once").unwrap();
+        let e = card.create(&spec("a"), ConfigNotifier::default()).err().expect("a mark");
+        assert!(e.message().contains("it panicked at once"), "{e}");
+        assert!(card.create(&spec("b"), ConfigNotifier::default()).is_ok());
+        card.forget("a");
+        assert!(card.create(&spec("a"), ConfigNotifier::default()).is_ok());
     }
 }

@@ -2,36 +2,64 @@
 //!
 //! What a request waits for in a storage that is busy is what was there before it: a guest that keeps a thousand requests
 //! in flight makes its neighbour's next one wait for a thousand. So while several disks of a card are in use on one
-//! storage, they have [`DEPTH`] in flight there together, the same share each. A disk that is alone is not held back.
+//! storage, what each may have in flight there is bounded:
+//!
+//! | in use | each heavy disk's bound |
+//! | --- | --- |
+//! | one disk | none |
+//! | heavy ones only | its part of [`DEEP`], the same each |
+//! | heavy ones and light ones | its part of a depth from 1 to [`DEEP`], which follows the light ones' latency |
+//!
+//! A disk is **light** that never has more than [`LIGHT`] in flight, and wants no more. Its requests are to find the storage
+//! nearly as if it were alone. How much of others' does no harm there, nobody knows beforehand: nothing on a disk with one
+//! head, very much on an SSD with many channels. So the depth begins at 1, where it is noted how long the light disks' small
+//! requests take, and grows from there for as long as they take hardly longer.
+//!
+//! What counts is bytes, not only requests ([`cost`]), and a bounded disk's large requests go to the storage in pieces no larger
+//! than its bound ([`Share::most_bytes`]), so that nobody has more there by asking for more at a time. A bound is in what is in flight *now*,
+//! with nothing to be saved up or owed: whoever is back after a pause has his part, and no more.
 //!
 //! Nobody waits for somebody else's completion: a queue with nothing in flight may always begin a request, and one that
-//! may not begins the next when one of its own comes back. There is no lock: each queue counts for itself, and the sum is
-//! taken only while the storage is shared.
+//! may not begins the next when one of its own comes back. There is no lock: each queue counts for itself, and the sums are
+//! taken, and the bounds set, a hundred times per second by whoever comes by.
 
 use std::collections::HashMap;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
-use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, TryLockError, Weak};
 
-/// Requests in flight at a storage that several disks use; one of more than 64 KiB counts as several. Enough to
-/// keep an SSD busy, and few enough for the next request to be soon.
-const DEPTH: u32 = 64;
+mod depth;
+
+use depth::{Depth, Latency};
+
+/// Most in flight at a storage that several disks use, as [`cost`] counts: 4 MiB, enough to keep an SSD busy.
+pub(crate) const DEEP: u32 = 256;
+/// A disk that has more in flight is a heavy one.
+const LIGHT: u32 = 8;
 /// Bytes that count as a request, as a power of two.
-const REQUEST_BYTES_LOG2: u32 = 16;
-/// A disk is in use for so long after its last request began, in nanoseconds: a guest that thinks between its requests is
+const REQUEST_BYTES_LOG2: u32 = 14;
+/// A bounded disk's transfers are not larger than this many requests, whatever its bound: 128 KiB.
+const MAX_PIECE: u32 = 8;
+/// A disk is in use for so long after it had a request under way, in nanoseconds: a guest that thinks between its requests is
 /// to find them as quick as one that does not.
 const IN_USE_NS: u64 = 100_000_000;
-/// How often it is looked whether disks are in use still, in nanoseconds.
+/// How often bounds are set, in nanoseconds.
 const RECOUNT_NS: u64 = 10_000_000;
+/// The bound of a disk that has none.
+const UNBOUNDED: u32 = u32::MAX;
 
 /// A place where images lie, a file system or a block device: what disks have in common if a request of one may have to
 /// wait for those of another.
 #[derive(Debug, Default)]
 pub struct Storage {
-    shares: Mutex<Vec<Weak<Share>>>,
-    /// Disks in use.
-    users: AtomicU32,
+    shares: Mutex<Shares>,
     recount_at: AtomicU64,
+}
+
+#[derive(Debug, Default)]
+struct Shares {
+    all: Vec<Weak<Share>>,
+    depth: Depth,
 }
 
 /// The storages of a card, by device number.
@@ -64,75 +92,188 @@ impl Storages {
 impl Storage {
     /// The share of one more disk, which has so many queues.
     pub(crate) fn share(self: &Arc<Self>, queues: u16) -> Arc<Share> {
-        let counters = (0..queues).map(|_| InFlight::default()).collect();
-        let share = Arc::new(Share { storage: self.clone(), used: AtomicU64::new(0), queues: counters });
+        let share = Arc::new(Share {
+            storage: self.clone(),
+            busy_at: AtomicU64::new(0),
+            used_at: AtomicU64::new(0),
+            bound: AtomicU32::new(UNBOUNDED),
+            held: AtomicBool::new(false),
+            heavy_at: AtomicU64::new(0),
+            seen: [const { AtomicU64::new(0) }; 2],
+            queues: (0..queues).map(|_| Queue::default()).collect(),
+        });
         let mut shares = self.shares.lock().unwrap_or_else(PoisonError::into_inner);
-        shares.retain(|s| s.strong_count() > 0);
-        shares.push(Arc::downgrade(&share));
+        shares.all.retain(|s| s.strong_count() > 0);
+        shares.all.push(Arc::downgrade(&share));
         share
     }
 
-    /// Counts the disks in use.
+    /// Looks who is in use, and sets everybody's bound.
     #[cold]
     fn recount(&self, now: u64) {
         self.recount_at.store(now + RECOUNT_NS, Ordering::Relaxed);
-        let shares = match self.shares.try_lock() {
+        let mut shares = match self.shares.try_lock() {
             Ok(shares) => shares,
             Err(TryLockError::Poisoned(e)) => e.into_inner(),
             // Somebody else is at it.
             Err(TryLockError::WouldBlock) => return,
         };
-        let in_use = |s: &Weak<Share>| {
-            s.upgrade().is_some_and(|s| now.saturating_sub(s.used.load(Ordering::Relaxed)) < IN_USE_NS)
-        };
-        let users = shares.iter().filter(|s| in_use(s)).count();
-        self.users.store(u32::try_from(users).unwrap_or(u32::MAX), Ordering::Relaxed);
+        let Shares { all, depth } = &mut *shares;
+        let (mut heavy, mut light, mut latency) = (0, 0, Latency::default());
+        for share in all.iter().filter_map(Weak::upgrade) {
+            let answers = share.look(now);
+            if !share.is_in_use(now) {
+                continue;
+            }
+            if share.is_heavy(now) {
+                heavy += 1;
+            } else {
+                light += 1;
+                latency += answers;
+            }
+        }
+        let mixed = heavy > 0 && light > 0;
+        let deep = if mixed { depth.follow(now, latency) } else { depth.forget() };
+        for share in all.iter().filter_map(Weak::upgrade) {
+            let bound = match (heavy, light) {
+                (0 | 1, 0) | (0, 1) => UNBOUNDED,
+                (0, _) => (DEEP / light).max(LIGHT),
+                _ if share.is_heavy(now) => (deep / heavy).max(1),
+                _ => LIGHT,
+            };
+            share.bound.store(bound, Ordering::Relaxed);
+        }
     }
 }
 
-/// A queue's count: on a cache line of its own, as it is written for every request.
+/// A queue's counts: on cache lines of their own, as they are written for every request.
 #[derive(Debug, Default)]
 #[repr(align(64))]
-struct InFlight(AtomicU32);
+struct Queue {
+    in_flight: AtomicU32,
+    /// The most since bounds were set last.
+    peak: AtomicU32,
+    /// Small requests that have come back from the storage while it was shared, and how long they took in all.
+    answers: AtomicU64,
+    answers_ns: AtomicU64,
+}
 
 /// A disk's part of a storage.
 #[derive(Debug)]
 pub(crate) struct Share {
     storage: Arc<Storage>,
     /// When a queue was busy last.
-    used: AtomicU64,
-    queues: Box<[InFlight]>,
+    busy_at: AtomicU64,
+    /// When it was seen last that it has something under way: what the page cache answers at once is in nobody's way.
+    used_at: AtomicU64,
+    /// As much it may have in flight.
+    bound: AtomicU32,
+    /// It wanted more, since bounds were set last.
+    held: AtomicBool,
+    /// When it was seen to be heavy last, and what was seen of its answers; of use to whoever sets bounds.
+    heavy_at: AtomicU64,
+    seen: [AtomicU64; 2],
+    queues: Box<[Queue]>,
 }
 
 impl Share {
     /// Queue `index` is busy at `now`: a time of [`offload_card::clock::now`]. To be called once per batch.
     pub(crate) fn busy(&self, now: u64) {
-        let before = self.used.load(Ordering::Relaxed);
-        self.used.store(now, Ordering::Relaxed);
-        if now.saturating_sub(before) >= IN_USE_NS || now >= self.storage.recount_at.load(Ordering::Relaxed) {
+        let before = self.busy_at.load(Ordering::Relaxed);
+        self.busy_at.store(now, Ordering::Relaxed);
+        let back = now.saturating_sub(before) >= IN_USE_NS;
+        if back {
+            // What it wants is to come.
+            self.used_at.store(now, Ordering::Relaxed);
+        }
+        if back || now >= self.storage.recount_at.load(Ordering::Relaxed) {
             self.storage.recount(now);
+        }
+    }
+
+    /// Other disks are in use, too.
+    #[inline]
+    pub(crate) fn is_bounded(&self) -> bool {
+        self.bound.load(Ordering::Relaxed) != UNBOUNDED
+    }
+
+    /// How large its next transfer may be.
+    #[inline]
+    pub(crate) fn most_bytes(&self) -> u32 {
+        match self.bound.load(Ordering::Relaxed) {
+            UNBOUNDED => u32::MAX,
+            bound => bound.clamp(1, MAX_PIECE) << REQUEST_BYTES_LOG2,
         }
     }
 
     /// A queue that has `own` in flight may begin another request.
     #[inline]
     pub(crate) fn allows(&self, own: u32) -> bool {
-        let users = self.storage.users.load(Ordering::Relaxed);
-        users <= 1 || own == 0 || self.has_room(users)
+        let bound = self.bound.load(Ordering::Relaxed);
+        bound == UNBOUNDED || own == 0 || self.has_room(bound)
     }
 
     #[cold]
-    fn has_room(&self, users: u32) -> bool {
-        let in_flight: u32 = self.queues.iter().map(|q| q.0.load(Ordering::Relaxed)).sum();
-        in_flight < (DEPTH / users).max(1)
+    fn has_room(&self, bound: u32) -> bool {
+        let in_flight: u32 = self.queues.iter().map(|q| q.in_flight.load(Ordering::Relaxed)).sum();
+        let room = in_flight < bound;
+        if !room {
+            self.held.store(true, Ordering::Relaxed);
+        }
+        room
     }
 
     /// Queue `index` has so much in flight now.
     #[inline]
     pub(crate) fn set(&self, index: u16, in_flight: u32) {
         if let Some(queue) = self.queues.get(usize::from(index)) {
-            queue.0.store(in_flight, Ordering::Relaxed);
+            queue.in_flight.store(in_flight, Ordering::Relaxed);
+            if in_flight > queue.peak.load(Ordering::Relaxed) {
+                queue.peak.store(in_flight, Ordering::Relaxed);
+            }
         }
+    }
+
+    /// A request of queue `index`, which counted as `cost`, is back after so many nanoseconds. To be called by the queue's
+    /// thread only, while the disk is bounded.
+    pub(crate) fn answered(&self, index: u16, cost: u32, took_ns: u64) {
+        if cost == 1
+            && let Some(queue) = self.queues.get(usize::from(index))
+        {
+            // Nobody else writes them.
+            queue.answers.store(queue.answers.load(Ordering::Relaxed) + 1, Ordering::Relaxed);
+            let sum = queue.answers_ns.load(Ordering::Relaxed).wrapping_add(took_ns);
+            queue.answers_ns.store(sum, Ordering::Relaxed);
+        }
+    }
+
+    fn is_in_use(&self, now: u64) -> bool {
+        now.saturating_sub(self.used_at.load(Ordering::Relaxed)) < IN_USE_NS
+    }
+
+    /// It was heavy a moment ago: a guest that thinks between its floods is no other than one that does not.
+    fn is_heavy(&self, now: u64) -> bool {
+        let at = self.heavy_at.load(Ordering::Relaxed);
+        at != 0 && now.saturating_sub(at) < IN_USE_NS
+    }
+
+    /// Notes what it was since this was last asked; what its small requests took since then.
+    fn look(&self, now: u64) -> Latency {
+        let mut peak = 0;
+        let mut sums = [0u64; 2];
+        for queue in &self.queues {
+            peak += queue.peak.swap(queue.in_flight.load(Ordering::Relaxed), Ordering::Relaxed);
+            sums[0] = sums[0].wrapping_add(queue.answers.load(Ordering::Relaxed));
+            sums[1] = sums[1].wrapping_add(queue.answers_ns.load(Ordering::Relaxed));
+        }
+        if peak > 0 {
+            self.used_at.store(now, Ordering::Relaxed);
+        }
+        if self.held.swap(false, Ordering::Relaxed) || peak > LIGHT {
+            self.heavy_at.store(now, Ordering::Relaxed);
+        }
+        let since = |i: usize| sums[i].wrapping_sub(self.seen[i].swap(sums[i], Ordering::Relaxed));
+        Latency { answers: since(0), ns: since(1) }
     }
 }
 
@@ -142,61 +283,4 @@ pub(crate) fn cost(length: u32) -> u32 {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    /// Begins as many requests as it may.
-    fn fill(share: &Share, index: u16) -> u32 {
-        let mut own = 0;
-        while own < 1000 && share.allows(own) {
-            own += 1;
-            share.set(index, own);
-        }
-        own
-    }
-
-    #[test]
-    fn a_disk_alone_has_all_and_neighbours_the_same_each() {
-        let storages = Storages::default();
-        let now = 10 * IN_USE_NS;
-        let alone = storages.get(2).share(1);
-        let (a, b) = (storages.get(1).share(1), storages.get(1).share(2));
-        alone.busy(now);
-        a.busy(now);
-        assert_eq!((fill(&alone, 0), fill(&a, 0)), (1000, 1000));
-        // Noticed at once, not with the next count: nothing more until what was begun is back.
-        b.busy(now + 1);
-        assert!(a.allows(0) && !a.allows(1000));
-        a.set(0, 0);
-        assert_eq!((fill(&a, 0), fill(&b, 0)), (DEPTH / 2, DEPTH / 2));
-        // Its other queue has its one request all the same.
-        assert_eq!(fill(&b, 1), 1);
-        assert_eq!(fill(&alone, 0), 1000);
-    }
-
-    #[test]
-    fn a_disk_that_is_not_used_gives_its_share_back() {
-        let storage = Arc::<Storage>::default();
-        let (a, b) = (storage.share(1), storage.share(1));
-        let now = 10 * IN_USE_NS;
-        a.busy(now);
-        b.busy(now);
-        assert_eq!(fill(&a, 0), DEPTH / 2);
-        a.busy(now + IN_USE_NS - 1);
-        assert!(!a.allows(DEPTH / 2));
-        a.busy(now + IN_USE_NS - 1 + RECOUNT_NS);
-        assert_eq!(fill(&a, 0), 1000);
-        // One that is deleted does at once, or by the next count.
-        b.busy(now + 2 * IN_USE_NS);
-        assert!(!a.allows(1000));
-        drop(b);
-        a.busy(now + 2 * IN_USE_NS + RECOUNT_NS);
-        assert!(a.allows(1000));
-    }
-
-    #[test]
-    fn a_large_request_counts_as_several() {
-        assert_eq!([0, 1, 4096, 1 << 16, (1 << 16) + 1, 1 << 20].map(cost), [1, 1, 1, 1, 2, 16]);
-        assert_eq!(cost(u32::MAX), 1 << 16);
-    }
-}
+mod tests;

@@ -98,7 +98,7 @@ pub(crate) struct Worker {
     active: u16,
     /// Requests whose transfer found no room, or has to leave it to another disk's.
     full: VecDeque<u16>,
-    /// What is under way at the storage, as [`cost`] counts it.
+    /// What is under way at the storage: the slots' [`cost`].
     under_way: u32,
     /// Cost of the answers not yet shown to the driver.
     unpublished: u32,
@@ -409,14 +409,16 @@ impl Worker {
             if !self.disk.share.allows(self.under_way) {
                 return self.full.push_back(head);
             }
+            let most = self.disk.share.most_bytes();
             let slot = &mut self.slots[usize::from(head)];
+            slot.cost = cost(slot.left().min(most));
             // SAFETY: the slot keeps its iovecs and the chain they point into until the completion comes back; slots are
             // dropped only when none is active (`BlockQueue` sees to it), or with the whole process.
-            match unsafe { self.backend.begin(head, &slot.transfer(&self.disk.store)) } {
+            match unsafe { self.backend.begin(head, &slot.transfer(&self.disk.store, most)) } {
                 Begun::Done(result) if self.moved(head, result) => {}
                 Begun::Done(_) => return,
                 Begun::Pending => {
-                    let cost = cost(self.slots[usize::from(head)].length());
+                    let cost = self.slots[usize::from(head)].cost;
                     return self.set_under_way(self.under_way + cost);
                 }
                 Begun::Full => return self.full.push_back(head),
@@ -435,14 +437,20 @@ impl Worker {
                 self.meter.begin();
             }
             any = true;
-            let cost = cost(self.slots[usize::from(head)].length());
+            let cost = self.slots[usize::from(head)].cost;
             self.set_under_way(self.under_way.saturating_sub(cost));
+            if self.disk.share.is_bounded() {
+                self.disk.share.answered(self.ring.index(), cost, self.meter.since_taken(head));
+            }
             if self.moved(head, result) {
                 self.go_on(head);
             }
         }
         // Those that find no room again go to the end.
         for _ in 0..self.full.len() {
+            if !self.disk.share.allows(self.under_way) {
+                break;
+            }
             if let Some(head) = self.full.pop_front() {
                 self.go_on(head);
             }

@@ -33,6 +33,7 @@ pub mod qos;
 pub mod ring;
 pub mod runtime;
 pub mod server;
+pub mod slice;
 #[cfg(feature = "testing")]
 pub mod testing;
 

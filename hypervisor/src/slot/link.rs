@@ -29,9 +29,10 @@ const FIRST_PAUSE: Duration = Duration::from_millis(1);
 const SHORT_PAUSE: Duration = Duration::from_millis(100);
 /// Longest pause.
 const LONG_PAUSE: Duration = Duration::from_secs(1);
-/// How long an outage is short, and how long a connection has to last to count as one that works.
+/// How long an outage is short, and how long a connection has to last to count as one that works: then the next attempt is made at
+/// once, as a card that is started again may have its socket kept for it, and nothing tells when it is there.
 const SETTLED: Duration = Duration::from_secs(10);
-const WORKED: Duration = Duration::from_secs(1);
+const WORKED: Duration = Duration::from_millis(100);
 /// How often a device's configuration is read at most, however often it says that it has changed.
 const CONFIG_PAUSE: Duration = Duration::from_millis(50);
 
@@ -110,6 +111,8 @@ impl Link {
 
     /// Runs until the slot is shut down.
     pub(super) fn run(mut self) {
+        // If it may not, it runs later.
+        let _ = sys::run_soon();
         while !self.shared.is_stopped() {
             let result = match self.frontend.take() {
                 Some(frontend) => self.serve(frontend),
@@ -373,7 +376,7 @@ mod tests {
 
     #[test]
     fn a_device_with_less_is_not_the_same() {
-        let offer = Offer { features: 0b110, queues: Some(2), config: None };
+        let offer = Offer { features: 0b110, queues: Some(2), config: None, protocol: None };
         assert!(compatible(&offer, 0b100, Some(2)).is_ok());
         assert!(compatible(&offer, 0b1, None).is_err());
         assert!(compatible(&offer, 0, Some(3)).is_err());

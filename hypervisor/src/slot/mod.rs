@@ -148,7 +148,7 @@ impl Slot {
             error,
             cancel,
             stopped: AtomicBool::new(false),
-            guarded: Mutex::new(Guarded { state, link: LinkStatus::new(keeps_inflight) }),
+            guarded: Mutex::new(Guarded { state, link: LinkStatus::new(keeps_inflight, offer.protocol) }),
             changed: Condvar::new(),
         });
         let link = Link::new(Arc::clone(&shared), frontend);

@@ -58,11 +58,16 @@ pub(super) struct LinkStatus {
     // A connection was lost while rings ran: a device that does not know may still write to the guest's memory.
     stray: bool,
     keeps_inflight: bool,
+    // The protocol features that the device had, if it knew any: those that the next one is expected to have.
+    protocol: Option<u64>,
+    // The last attempt to connect has failed: the next asks step by step.
+    careful: bool,
 }
 
 impl LinkStatus {
-    /// Of a link whose first connection has been made, to a device that keeps what is in flight in shared memory or does not.
-    pub(super) fn new(keeps_inflight: bool) -> Self {
+    /// Of a link whose first connection has been made, to a device that keeps what is in flight in shared memory or does not, and
+    /// has these protocol features.
+    pub(super) fn new(keeps_inflight: bool, protocol: Option<u64>) -> Self {
         Self {
             state: LinkState::Active,
             since: Instant::now(),
@@ -74,6 +79,8 @@ impl LinkStatus {
             cut: false,
             stray: false,
             keeps_inflight,
+            protocol,
+            careful: false,
         }
     }
 }
@@ -255,9 +262,27 @@ impl Shared {
             shared.link.starting = true;
             shared.link.attempt = Some(LinkState::Connecting);
         }
-        let mut frontend = Frontend::dial(&params.socket, self.patience, self.cancel.clone())?;
-        self.lock().link.attempt = Some(LinkState::Negotiating);
-        let offer = frontend.negotiate(params.config_size)?;
+        let dial = || Frontend::dial(&params.socket, self.patience, self.cancel.clone());
+        let mut frontend = dial()?;
+        let expected = {
+            let mut shared = self.lock();
+            shared.link.attempt = Some(LinkState::Negotiating);
+            // Until it is seen to work.
+            (!std::mem::replace(&mut shared.link.careful, true)).then_some(shared.link.protocol)
+        };
+        let mut offer = None;
+        if let Some(protocol) = expected {
+            offer = frontend.negotiate_as(protocol, params.config_size)?;
+            if offer.is_none() {
+                // Another version of the card, perhaps.
+                drop(frontend);
+                frontend = dial()?;
+            }
+        }
+        let offer = match offer {
+            Some(offer) => offer,
+            None => frontend.negotiate(params.config_size)?,
+        };
         self.accept(&offer, frontend.has_inflight())?;
         Ok(frontend)
     }
@@ -268,6 +293,7 @@ impl Shared {
         let driver = shared.state.driver_features() | F_VERSION_1;
         link::compatible(offer, driver, self.queues_of_device)?;
         shared.link.keeps_inflight = keeps_inflight;
+        (shared.link.protocol, shared.link.careful) = (offer.protocol, false);
         shared.state.set_device_features(offer.features);
         shared.state.config.tell_again();
         drop(shared);

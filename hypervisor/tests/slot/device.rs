@@ -30,6 +30,7 @@ pub(crate) mod request {
     pub(crate) const SET_VRING_CALL: u32 = 13;
     pub(crate) const SET_VRING_ERR: u32 = 14;
     pub(crate) const GET_PROTOCOL_FEATURES: u32 = 15;
+    pub(crate) const SET_PROTOCOL_FEATURES: u32 = 16;
     pub(crate) const GET_QUEUE_NUM: u32 = 17;
     pub(crate) const SET_VRING_ENABLE: u32 = 18;
     pub(crate) const SET_BACKEND_REQ_FD: u32 = 21;
@@ -79,6 +80,8 @@ pub(crate) struct Script {
     pub(crate) config: Vec<u8>,
     /// At which request to do what.
     pub(crate) fault: Option<(u32, Fault)>,
+    /// Keeps its answers to itself until it has received this request.
+    pub(crate) mute_until: Option<u32>,
     /// Takes requests but finishes none.
     pub(crate) hold: bool,
     /// Bytes of the configuration that a driver can write.
@@ -95,6 +98,7 @@ impl Default for Script {
             queues: 2,
             config: (0..60).collect(),
             fault: None,
+            mute_until: None,
             hold: false,
             writable: 0..0,
             initial_config: (0..60).collect(),
@@ -237,6 +241,9 @@ struct Connection {
     rings: Vec<Ring>,
     workers: Vec<Option<Worker>>,
     inflight: Option<Arc<File>>,
+    // Answers not yet given.
+    kept: Vec<u8>,
+    spoken: bool,
 }
 
 fn word(payload: &[u8], index: usize) -> u32 {
@@ -260,6 +267,8 @@ impl Connection {
             rings: vec![ring; queues],
             workers: (0..queues).map(|_| None).collect(),
             inflight: None,
+            kept: Vec::new(),
+            spoken: false,
         }
     }
 
@@ -298,6 +307,7 @@ impl Connection {
             _ => {}
         }
         let script = self.shared.script.lock().unwrap().clone();
+        self.spoken |= script.mute_until.is_none_or(|last| last == request);
         match request {
             GET_FEATURES => {
                 let bits = script.features | PROTOCOL_FEATURES;
@@ -379,6 +389,12 @@ impl Connection {
             [request, 1 | 4, payload.len() as u32].iter().flat_map(|w| w.to_ne_bytes()).collect();
         bytes.extend_from_slice(payload);
         let fds: Vec<_> = file.iter().map(|f| f.as_raw_fd()).collect();
+        if !self.spoken {
+            assert!(fds.is_empty());
+            self.kept.extend_from_slice(&bytes);
+            return Ok(());
+        }
+        self.stream.write_all(&std::mem::take(&mut self.kept))?;
         self.stream.send_with_fds(&[&bytes[..]], &fds)?;
         Ok(())
     }

@@ -161,6 +161,41 @@ fn many_connections_later_it_still_works() {
 }
 
 #[test]
+fn a_device_that_is_back_is_asked_everything_at_once() {
+    let mut setup = Setup::new(Script::default());
+    let machine = setup.machine();
+    let mut driver = Driver::start(&machine, VERSION_1, 2);
+    setup.kill();
+    // It says nothing before it has heard the last question.
+    setup.restart(Script { mute_until: Some(request::GET_MAX_MEM_SLOTS), ..Default::default() });
+    driver.submit(1, 1, &[(driver.buffers(1), 16, false)]);
+    driver.notify(1);
+    assert_eq!(driver.wait(1, 1), [1]);
+    until("the link to be whole", || machine.slot.info().reconnects == 1);
+    assert_eq!(setup.device().seen(request::GET_FEATURES).len(), 1);
+}
+
+#[test]
+fn a_device_may_come_back_with_another_protocol() {
+    let all: Vec<_> = REPERTOIRES.into_iter().chain(REPERTOIRES).collect();
+    let mut setup = Setup::new(Script { protocol: all[0], ..Default::default() });
+    let machine = setup.machine();
+    let mut driver = Driver::start(&machine, VERSION_1, 1);
+    for (round, protocol) in (0..).zip(all) {
+        setup.kill();
+        until("loss", || link(&machine) == LinkState::Lost);
+        setup.restart(Script { protocol, ..Default::default() });
+        driver.submit(0, round, &[(driver.buffers(0), 16, false)]);
+        driver.notify(0);
+        assert_eq!(driver.wait(0, 1), [round]);
+        until("the link to be whole", || machine.slot.info().reconnects == u64::from(round) + 1);
+        // What it did not offer is not used on the connection that stays.
+        let last = setup.device().seen(request::SET_PROTOCOL_FEATURES).pop().unwrap();
+        assert_eq!(last, protocol.to_ne_bytes());
+    }
+}
+
+#[test]
 fn a_device_with_fewer_features_is_refused_until_it_has_them() {
     let mut setup = Setup::new(Script { features: VERSION_1 | 0b11, ..Default::default() });
     let machine = setup.machine();
@@ -527,7 +562,6 @@ fn nonsense_from_the_device_costs_it_its_connection_only() {
         (request::ADD_MEM_REG, Fault::Refuse),
         (request::GET_INFLIGHT_FD, Fault::Say(reply(request::GET_INFLIGHT_FD, &[0; 4096]))),
         (request::SET_VRING_KICK, Fault::Close),
-        (request::GET_MAX_MEM_SLOTS, Fault::Say(reply(request::GET_MAX_MEM_SLOTS, &[]))),
     ];
     let setup = Setup::new(Script::default());
     let machine = setup.machine();
@@ -545,6 +579,17 @@ fn nonsense_from_the_device_costs_it_its_connection_only() {
         assert_eq!(driver.wait(0, 1), [5], "fault {i} {fault:?}");
         until("connection", || machine.slot.info().reconnects == fresh + 1);
         driver.reset();
+    }
+    // In the handshake.
+    for request in [request::GET_FEATURES, request::GET_PROTOCOL_FEATURES, request::GET_MAX_MEM_SLOTS] {
+        let count = machine.slot.info().reconnects;
+        setup.device().script().fault = Some((request, Fault::Say(reply(request, &[]))));
+        setup.device().disconnect();
+        until("loss", || machine.slot.info().last_error.contains("an answer of 0 bytes"));
+        setup.device().script().fault = None;
+        until("connection", || machine.slot.info().reconnects == count + 1);
+        setup.device().disconnect();
+        until("a new reason", || machine.slot.info().reconnects == count + 2);
     }
     let driver = Driver::start(&machine, VERSION_1, 1);
     let count = machine.slot.info().reconnects;

@@ -2,6 +2,7 @@
 
 use std::collections::VecDeque;
 use std::io;
+use std::path::Path;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
@@ -11,6 +12,7 @@ use vm_memory::VolatileSlice;
 
 use super::{Inner, LEARN_BYTES};
 use crate::io::{Completion, Op, Transfer};
+use crate::suspect;
 
 /// Threads of a disk, at most: one that writes, and some that read. They are started as they are needed.
 const MAX_THREADS: usize = 4;
@@ -100,6 +102,8 @@ struct Jobs {
 #[derive(Debug)]
 struct Shared {
     inner: Inner,
+    /// Where a panic over the image leaves its mark.
+    mark: Option<Arc<Path>>,
     jobs: Mutex<Jobs>,
     /// There is a job, or nobody has the tables any more, or all is over.
     changed: Condvar,
@@ -113,8 +117,10 @@ pub(super) struct Pool {
 }
 
 impl Pool {
+    /// A panic over the image leaves the mark that one of the calling thread would.
     pub(super) fn new(inner: Inner) -> io::Result<Self> {
-        let shared = Arc::new(Shared { inner, jobs: Mutex::default(), changed: Condvar::new() });
+        let mark = suspect::current();
+        let shared = Arc::new(Shared { inner, mark, jobs: Mutex::default(), changed: Condvar::new() });
         let pool = Self { shared, handles: Mutex::default() };
         // One at least there must be.
         pool.spawn(&mut pool.shared.jobs())?;
@@ -128,7 +134,7 @@ impl Pool {
     fn spawn(&self, jobs: &mut Jobs) -> io::Result<()> {
         let shared = self.shared.clone();
         let thread = std::thread::Builder::new().name("qcow2".into()).stack_size(STACK_BYTES);
-        let handle = thread.spawn(move || shared.run())?;
+        let handle = thread.spawn(move || suspect::watched(shared.mark.clone(), || shared.run()))?;
         jobs.threads += 1;
         self.handles.lock().unwrap_or_else(PoisonError::into_inner).push(handle);
         Ok(())
@@ -148,6 +154,10 @@ impl Pool {
     }
 
     pub(super) fn perform(&self, work: &Work) -> i32 {
+        suspect::watched(self.shared.mark.clone(), || self.perform_watched(work))
+    }
+
+    fn perform_watched(&self, work: &Work) -> i32 {
         let mut buffer = vec![0; BUFFER_BYTES.min(work.length as usize)];
         if work.reads() {
             let result = self.shared.inner.read(work, &mut buffer);
@@ -164,7 +174,7 @@ impl Pool {
     /// Does something that changes the tables.
     pub(super) fn exclusively<T>(&self, change: impl FnOnce(&Inner) -> T) -> T {
         let held = self.shared.hold();
-        let done = change(&self.shared.inner);
+        let done = suspect::watched(self.shared.mark.clone(), || change(&self.shared.inner));
         drop(held);
         done
     }

@@ -71,6 +71,11 @@ impl Meter {
         self.taken[usize::from(head)] = self.now;
     }
 
+    /// How long ago the request of this head was taken, in nanoseconds.
+    pub(super) fn since_taken(&self, head: u16) -> u64 {
+        self.now.saturating_sub(self.taken[usize::from(head)])
+    }
+
     /// The request of this head is answered.
     pub(super) fn done(&mut self, ring: &Ring, kind: Kind, head: u16, status: Status) {
         let taken = self.taken[usize::from(head)];

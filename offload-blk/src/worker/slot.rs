@@ -20,6 +20,8 @@ pub(super) struct Slot {
     pub(super) active: bool,
     /// How often the host has put the next transfer off.
     pub(super) retries: u8,
+    /// What its transfer that is under way counts as, see [`crate::share::cost`].
+    pub(super) cost: u32,
     op: Op,
     offset: u64,
     length: u32,
@@ -48,6 +50,7 @@ impl Default for Slot {
             chain: Chain::new(),
             active: false,
             retries: 0,
+            cost: 0,
             op: Op::Sync,
             offset: 0,
             length: 0,
@@ -142,6 +145,11 @@ impl Slot {
         self.length
     }
 
+    /// Bytes still to be moved.
+    pub(super) fn left(&self) -> u32 {
+        self.length - self.moved
+    }
+
     /// Bytes moved so far.
     pub(super) fn moved(&self) -> u32 {
         self.moved
@@ -152,8 +160,8 @@ impl Slot {
         self.piece.map_or(self.offset + u64::from(self.moved), |piece| piece.offset)
     }
 
-    /// The next transfer.
-    pub(super) fn transfer(&mut self, store: &Store) -> Transfer<'_> {
+    /// The next transfer, of `most` bytes at most; that is a multiple of what O_DIRECT wants.
+    pub(super) fn transfer(&mut self, store: &Store, most: u32) -> Transfer<'_> {
         let (op, offset) = (self.op, self.next_offset());
         let plain =
             Transfer { op, offset, formatted: false, length: 0, iovecs: &[], unaligned: self.unaligned };
@@ -163,8 +171,8 @@ impl Slot {
             return Transfer { op, offset, formatted, length, iovecs, unaligned: true };
         }
         match store {
-            Store::Qcow2(Qcow2Store(qcow2)) if op != Op::Sync => self.placed(qcow2, plain),
-            _ => Transfer { iovecs: self.rest(), ..plain },
+            Store::Qcow2(Qcow2Store(qcow2)) if op != Op::Sync => self.placed(qcow2, plain, most),
+            _ => Transfer { iovecs: self.first_bytes(u64::from(most)), ..plain },
         }
     }
 
@@ -175,30 +183,35 @@ impl Slot {
     }
 
     /// The next transfer where its clusters are, if that is known and nothing else is to be done.
-    fn placed<'a>(&'a mut self, qcow2: &Qcow2, plain: Transfer<'a>) -> Transfer<'a> {
-        let left = u64::from(self.length - self.moved);
+    fn placed<'a>(&'a mut self, qcow2: &Qcow2, plain: Transfer<'a>, most: u32) -> Transfer<'a> {
         let place = if plain.op == Op::WriteThrough && qcow2.unsynced() {
             None
         } else {
-            qcow2.run(plain.offset, left)
+            qcow2.run(plain.offset, u64::from(self.left()))
         };
         match place {
             None => Transfer { formatted: true, iovecs: self.rest(), ..plain },
-            Some((offset, run)) if run >= left => Transfer { offset, iovecs: self.rest(), ..plain },
             Some((offset, run)) => {
-                self.part.clear();
-                let mut run = run as usize;
-                for iovec in self.iovecs[self.first..].iter().take(MAX_IOVECS) {
-                    if run == 0 {
-                        break;
-                    }
-                    let iov_len = iovec.iov_len.min(run);
-                    run -= iov_len;
-                    self.part.push(libc::iovec { iov_len, ..*iovec });
-                }
-                Transfer { offset, iovecs: &self.part, ..plain }
+                Transfer { offset, iovecs: self.first_bytes(run.min(u64::from(most))), ..plain }
             }
         }
+    }
+
+    /// What is left of the memory, as far as it can be in one transfer and is no more than `most` bytes.
+    fn first_bytes(&mut self, mut most: u64) -> &[libc::iovec] {
+        if most >= u64::from(self.left()) {
+            return self.rest();
+        }
+        self.part.clear();
+        for iovec in self.iovecs[self.first..].iter().take(MAX_IOVECS) {
+            if most == 0 {
+                break;
+            }
+            let iov_len = iovec.iov_len.min(usize::try_from(most).unwrap_or(usize::MAX));
+            most -= iov_len as u64;
+            self.part.push(libc::iovec { iov_len, ..*iovec });
+        }
+        &self.part
     }
 
     /// `moved` bytes more have been moved. True if that was all.
@@ -259,8 +272,9 @@ mod tests {
 
     #[test]
     fn what_is_not_whole_blocks_goes_by_the_page_cache() {
-        let unaligned =
-            |buffers: &[(u64, u32)], offset| slot(buffers, offset, &BLOCKS).transfer(&store()).unaligned;
+        let unaligned = |buffers: &[(u64, u32)], offset| {
+            slot(buffers, offset, &BLOCKS).transfer(&store(), u32::MAX).unaligned
+        };
         assert!(!unaligned(&[(0x5_0000, 4096)], 0));
         assert!(!unaligned(&[(0x5_0200, 4096), (0x6_0000, 8192)], 8192));
         // A sector is less than a block, and so is where it is.
@@ -270,7 +284,7 @@ mod tests {
         assert!(unaligned(&[(0x5_0000, 512), (0x6_0000, 3584)], 0));
         assert!(unaligned(&[(0x5_0100, 4096)], 0));
         let cached = Geometry { memory_alignment: 1, ..BLOCKS };
-        assert!(!slot(&[(0x5_0001, 511)], 512, &cached).transfer(&store()).unaligned);
+        assert!(!slot(&[(0x5_0001, 511)], 512, &cached).transfer(&store(), u32::MAX).unaligned);
     }
 
     #[test]
@@ -279,18 +293,18 @@ mod tests {
         assert!(!slot.advance(4096, &BLOCKS));
         assert_eq!(
             (
-                slot.transfer(&store()).unaligned,
-                slot.transfer(&store()).offset,
-                slot.transfer(&store()).iovecs.len()
+                slot.transfer(&store(), u32::MAX).unaligned,
+                slot.transfer(&store(), u32::MAX).offset,
+                slot.transfer(&store(), u32::MAX).iovecs.len()
             ),
             (false, 4096, 1)
         );
         assert!(!slot.advance(1024, &BLOCKS));
         assert_eq!(
             (
-                slot.transfer(&store()).unaligned,
-                slot.transfer(&store()).offset,
-                slot.transfer(&store()).iovecs[0].iov_len
+                slot.transfer(&store(), u32::MAX).unaligned,
+                slot.transfer(&store(), u32::MAX).offset,
+                slot.transfer(&store(), u32::MAX).iovecs[0].iov_len
             ),
             (true, 5120, 3072)
         );

@@ -22,10 +22,14 @@
 //! again from time to time; the controller can delete it. One whose storage does not answer holds readiness up for
 //! [`RESTORE_TIMEOUT`] at most.
 //!
+//! A device's socket is kept by the service manager, if there is one: front-ends connect to it while no process serves it, and
+//! are served by the next one.
+//!
 //! SIGTERM or SIGINT: the control socket closes, every device finishes what is in flight (for at most
 //! [`DRAIN_TIMEOUT`]), and the process exits with 0; records stay, so the next process has the same devices.
 
 mod control;
+mod kept;
 mod metrics;
 mod records;
 mod registry;
@@ -39,7 +43,6 @@ use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use listenfd::ListenFd;
 use proto::error::Error;
 use proto::v1::ErrorReason;
 use sd_notify::NotifyState;
@@ -48,11 +51,13 @@ use tokio_stream::wrappers::UnixListenerStream;
 use tonic::Code;
 use tonic::service::RoutesBuilder;
 use tonic::transport::Server;
-use tracing::{error, info};
+use tracing::{debug, error, info};
 use tracing_subscriber::EnvFilter;
 
 use crate::factory::DeviceFactory;
+use crate::slice;
 use control::ControlService;
+use kept::KeptSockets;
 use registry::Registry;
 
 /// How long a graceful stop waits for what is in flight. What is not finished by then stays recorded as in flight, and
@@ -137,9 +142,20 @@ fn serve<F: DeviceFactory>(
     let devices = args.runtime_dir.join("devices");
     records::make_device_directory(&devices)?;
     let Parts { factory, mut routes } = build(&args.runtime_dir)?;
-    let registry = Arc::new(Registry::new(factory, devices));
+    let (control, kept) = KeptSockets::from_environment().map_err(|e| control_failed(&args.control, &e))?;
+    let registry = Arc::new(Registry::new(factory, devices, kept));
+    // Guests may be waiting. The threads that talk to front-ends stay so.
+    let shortened = slice::shorten();
     registry.restore(Instant::now() + RESTORE_TIMEOUT);
-    let (listener, bound) = control_listener(&args.control)?;
+    if let Err(e) = shortened.and_then(|()| slice::reset()) {
+        debug!("the scheduler does not let threads run sooner: {e}");
+    }
+    // The one that systemd has passed is not ours to remove.
+    let bound = control.is_none();
+    let listener = match control {
+        Some(listener) => listener,
+        None => bind(&args.control).map_err(|e| control_failed(&args.control, &e))?,
+    };
     listener.set_nonblocking(true).map_err(|e| host("cannot set up the control socket", e))?;
     let metrics_socket = args.runtime_dir.join(METRICS_SOCKET);
     let (metrics_unix, metrics_tcp) = metrics_listeners(&metrics_socket, args.metrics_listen)?;
@@ -196,18 +212,10 @@ fn notify(state: &[NotifyState<'_>]) {
     }
 }
 
-/// The socket systemd passed, or a new one at `path` (then true).
-fn control_listener(path: &Path) -> Result<(UnixListener, bool), Error> {
-    let failed = |e: io::Error| {
-        host_error(&format!("cannot listen on control socket {}", path.display()), &e)
-            .resource(path.display().to_string())
-            .remedy("check that its directory exists and may be written to")
-    };
-    if let Some(listener) = ListenFd::from_env().take_unix_listener(0).map_err(failed)? {
-        return Ok((listener, false));
-    }
-    let listener = bind(path).map_err(failed)?;
-    Ok((listener, true))
+fn control_failed(path: &Path, e: &io::Error) -> Error {
+    host_error(&format!("cannot listen on control socket {}", path.display()), e)
+        .resource(path.display().to_string())
+        .remedy("check that its directory exists and may be written to")
 }
 
 /// Where metrics are served.
@@ -229,14 +237,14 @@ fn metrics_listeners(
     Ok((unix, Some(tcp.map_err(failed(address.to_string()))?)))
 }
 
-/// Listens at `path`, on which a dead predecessor may have left its socket, with mode 0660.
+/// Listens at `path`, on which a dead predecessor may have left its socket, with mode 0660. Who sees the socket appear there
+/// can connect to it: it gets its name when it listens.
 pub(crate) fn bind(path: &Path) -> io::Result<UnixListener> {
     match std::fs::symlink_metadata(path) {
         Ok(metadata) if std::os::unix::fs::FileTypeExt::is_socket(&metadata.file_type()) => {
             if std::os::unix::net::UnixStream::connect(path).is_ok() {
                 return Err(io::Error::new(io::ErrorKind::AddrInUse, "another process serves it"));
             }
-            std::fs::remove_file(path)?;
         }
         Ok(_) => {
             return Err(io::Error::new(io::ErrorKind::AlreadyExists, "there is a file that is no socket"));
@@ -244,8 +252,21 @@ pub(crate) fn bind(path: &Path) -> io::Result<UnixListener> {
         Err(e) if e.kind() == io::ErrorKind::NotFound => {}
         Err(e) => return Err(e),
     }
-    let listener = UnixListener::bind(path)?;
-    std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o660))?;
+    let name = path.file_name().ok_or(io::ErrorKind::InvalidInput)?;
+    let mut hidden = std::ffi::OsString::from(".");
+    hidden.push(name);
+    let new = path.with_file_name(hidden);
+    // Somebody died in the middle of this.
+    match std::fs::remove_file(&new) {
+        Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(e),
+        _ => {}
+    }
+    let listener = UnixListener::bind(&new)?;
+    std::fs::set_permissions(&new, std::fs::Permissions::from_mode(0o660))
+        .and_then(|()| std::fs::rename(&new, path))
+        .inspect_err(|_| {
+            let _ = std::fs::remove_file(&new);
+        })?;
     Ok(listener)
 }
 

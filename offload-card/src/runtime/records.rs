@@ -6,10 +6,10 @@
 
 use std::fs::{self, File, Permissions};
 use std::io::{self, Write};
-use std::os::unix::fs::PermissionsExt;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
-use nix::unistd::{Group, chown};
+use nix::unistd::{Group, chown, getegid};
 use prost::Message;
 use proto::error::Error;
 use proto::v1::{DeviceRecord, DeviceSpec};
@@ -44,6 +44,11 @@ pub(super) fn make_directory(path: &Path, mode: u32) -> Result<(), Error> {
 /// Makes the directory of device sockets. If the host has the group `outboard-vhost`, its members may enter, and sockets
 /// made inside belong to it (setgid).
 pub(super) fn make_device_directory(path: &Path) -> Result<(), Error> {
+    // A predecessor has done it all: guests wait, and to look a group up may take asking another process.
+    let is_given = |m: fs::Metadata| m.mode() & 0o7777 == 0o2750 && m.gid() != getegid().as_raw();
+    if fs::symlink_metadata(path).is_ok_and(|m| m.is_dir() && is_given(m)) {
+        return Ok(());
+    }
     make_directory(path, 0o750)?;
     match Group::from_name(VHOST_GROUP) {
         Ok(Some(group)) => {

@@ -1,7 +1,10 @@
 //! The devices a card serves.
 
 use std::collections::BTreeMap;
-use std::path::PathBuf;
+use std::io;
+use std::os::unix::fs::FileTypeExt;
+use std::os::unix::net::UnixListener;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{self, RecvTimeoutError};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -12,6 +15,7 @@ use proto::v1::{self, DeviceLimits, DeviceSpec, DeviceStats, ErrorReason};
 use tonic::Code;
 use tracing::{info, warn};
 
+use super::kept::KeptSockets;
 use super::{bind, host_error, records};
 use crate::device::{ConfigNotifier, Device, Identity};
 use crate::factory::DeviceFactory;
@@ -76,13 +80,14 @@ struct Live {
 pub(super) struct Registry<F> {
     factory: F,
     directory: PathBuf,
+    kept: KeptSockets,
     places: Mutex<BTreeMap<String, Place>>,
     attempts: AtomicU64,
 }
 
 impl<F: DeviceFactory> Registry<F> {
-    pub(super) fn new(factory: F, directory: PathBuf) -> Self {
-        Self { factory, directory, places: Mutex::default(), attempts: AtomicU64::new(0) }
+    pub(super) fn new(factory: F, directory: PathBuf, kept: KeptSockets) -> Self {
+        Self { factory, directory, kept, places: Mutex::default(), attempts: AtomicU64::new(0) }
     }
 
     fn places(&self) -> MutexGuard<'_, BTreeMap<String, Place>> {
@@ -106,6 +111,7 @@ impl<F: DeviceFactory> Registry<F> {
                 let _ = std::fs::remove_file(path);
             }
         }
+        self.kept.retain(|id| specs.iter().any(|s| s.id == id));
         let ids: Vec<_> = specs.iter().map(|s| s.id.clone()).collect();
         for spec in specs {
             let lost =
@@ -217,7 +223,9 @@ impl<F: DeviceFactory> Registry<F> {
             device.close();
             return Err(e);
         }
-        let started = bind(&socket).and_then(|l| DeviceServer::start(&spec.id, device.clone(), l, notifier));
+        let started = self
+            .listener(&spec.id, &socket)
+            .and_then(|l| DeviceServer::start(&spec.id, device.clone(), l, notifier));
         match started {
             Ok(server) => Ok(Live {
                 id: spec.id.clone(),
@@ -230,12 +238,24 @@ impl<F: DeviceFactory> Registry<F> {
             }),
             Err(e) => {
                 device.close();
+                self.kept.forget(&spec.id);
                 let _ = std::fs::remove_file(&socket);
                 Err(host_error(&format!("cannot listen on device socket {}", socket.display()), &e)
                     .resource(socket.display().to_string())
                     .remedy("check the runtime directory, and that no other card uses it"))
             }
         }
+    }
+
+    /// The device's socket: the one that was kept, if its front-end can still find it.
+    fn listener(&self, id: &str, socket: &Path) -> io::Result<UnixListener> {
+        if let Some(listener) = self.kept.take(id) {
+            if std::fs::symlink_metadata(socket).is_ok_and(|m| m.file_type().is_socket()) {
+                return Ok(listener);
+            }
+            self.kept.forget(id);
+        }
+        bind(socket).inspect(|listener| self.kept.keep(id, listener))
     }
 
     /// Checks a specification without changing anything.
@@ -377,6 +397,7 @@ impl<F: DeviceFactory> Registry<F> {
                 );
             }
         }
+        self.kept.forget(id);
         let removed = records::remove(&self.directory, id);
         self.factory.forget(id);
         self.places().remove(id);
@@ -442,7 +463,9 @@ impl<F: DeviceFactory> Registry<F> {
             if !device.server.stop(deadline) {
                 warn!("device {} still has requests in flight; the next start does them again", device.id);
             }
-            let _ = std::fs::remove_file(&device.socket);
+            if !self.kept.outlive() {
+                let _ = std::fs::remove_file(&device.socket);
+            }
         }
     }
 }

@@ -15,6 +15,7 @@ use tokio::runtime::Runtime;
 use tonic::Status;
 use tonic::transport::{Channel, Endpoint};
 
+use crate::manager::Manager;
 use crate::process::Process;
 use crate::{SOON, binary, wait_until};
 
@@ -31,6 +32,7 @@ pub struct Card {
     program: &'static str,
     dir: PathBuf,
     arguments: Vec<String>,
+    manager: Option<Manager>,
     process: Process,
     channel: Channel,
 }
@@ -43,20 +45,37 @@ impl Card {
 
     /// The same with further arguments, and everything in `dir`.
     pub fn start_with(program: &'static str, dir: &Path, arguments: &[&str]) -> Self {
+        Self::start_under(None, program, dir, arguments)
+    }
+
+    /// The same under a service manager that keeps its sockets.
+    pub fn start_managed(program: &'static str, dir: &Path) -> Self {
+        Self::start_under(Some(Manager::new(dir)), program, &dir.join(program), &[])
+    }
+
+    fn start_under(
+        mut manager: Option<Manager>,
+        program: &'static str,
+        dir: &Path,
+        arguments: &[&str],
+    ) -> Self {
         let runtime = crate::runtime();
         std::fs::create_dir_all(dir).expect("runtime directory");
         let arguments: Vec<_> = arguments.iter().map(|&a| a.to_owned()).collect();
-        let process = Self::spawn(program, dir, &arguments);
+        let process = Self::spawn(manager.as_mut(), program, dir, &arguments);
         let channel = channel(&runtime, &dir.join("control.sock"));
-        let card = Self { runtime, program, dir: dir.to_owned(), arguments, process, channel };
+        let card = Self { runtime, program, dir: dir.to_owned(), arguments, manager, process, channel };
         card.wait_ready();
         card
     }
 
-    fn spawn(program: &str, dir: &Path, arguments: &[String]) -> Process {
+    fn spawn(manager: Option<&mut Manager>, program: &str, dir: &Path, arguments: &[String]) -> Process {
         let mut command = Command::new(binary(program));
         command.arg("--control").arg(dir.join("control.sock")).arg("--runtime-dir").arg(dir);
         command.args(arguments);
+        if let Some(manager) = manager {
+            command = manager.child(&command);
+        }
         Process::spawn(&mut command, &dir.join("log"))
     }
 
@@ -96,7 +115,12 @@ impl Card {
 
     /// Starts it again where it was, and does not wait for it.
     pub fn start_again(&mut self) {
-        self.process = Self::spawn(self.program, &self.dir, &self.arguments);
+        self.process = Self::spawn(self.manager.as_mut(), self.program, &self.dir, &self.arguments);
+    }
+
+    /// What its service manager keeps for it.
+    pub fn kept(&mut self) -> Vec<String> {
+        self.manager.as_mut().map(Manager::names).unwrap_or_default()
     }
 
     fn create(&self, spec: DeviceSpec) -> Result<Device, Status> {

@@ -6,6 +6,7 @@
 pub mod card;
 pub mod guest;
 pub mod host;
+pub mod manager;
 pub mod process;
 pub mod qemu;
 pub mod vm;

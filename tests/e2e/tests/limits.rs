@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 use e2e::card::Card;
 use e2e::vm::{Vm, config, slot};
 use e2e::{SOON, image, temp_dir, wait_until};
-use proto::v1::DeviceLimits;
+use proto::v1::{BlockDeviceSpec, DeviceLimits};
 
 fn throttled(card: &Card, device: &str) -> u64 {
     card.queue_stats(device).iter().map(|q| q.throttled).sum()
@@ -50,6 +50,53 @@ fn a_guest_gets_what_the_limit_says_and_a_change_at_once() {
     wait_until("more requests", SOON, || card.requests("disk0") > second + 8000);
     assert_eq!(throttled(&card, "disk0"), waits);
     vm.process().kill9();
+}
+
+/// What a small reader notices of a flood on the same file system, both around the page cache: printed for people, as a time
+/// says something only on a host with nothing else to do and a processor for each thread. The bounds themselves are
+/// counted in the tests of offload-blk.
+#[test]
+fn a_small_reader_beside_a_flood_gets_on() {
+    let dir = temp_dir();
+    let card = Card::start("offload-blk", dir.path());
+    let disk = |id: &str, bytes: usize| {
+        let path = dir.path().join(id);
+        // With blocks: holes would be read without the storage.
+        std::fs::write(&path, vec![7; bytes])
+            .and_then(|()| std::fs::File::open(&path)?.sync_all())
+            .expect("image");
+        let path = path.to_str().expect("path").to_owned();
+        card.create_block(id, BlockDeviceSpec { path, queues: 1, direct: true, ..Default::default() })
+    };
+    let (Ok(victim), Ok(flood)) = (disk("victim", 64 << 20), disk("flood", 256 << 20)) else {
+        return println!("no direct I/O here");
+    };
+    let reads = |name: &str| {
+        let job = "job=blk-bench rw=randread bs=4096 qd=1 queues=1 mode=irq secs=4 warmup=1 timeout=60";
+        let before = card.requests("victim");
+        let vm = Vm::boot(dir.path(), config(name, job, vec![slot("disk0", &victim)]));
+        let result = vm.reports.finish(Duration::from_secs(120)).swap_remove(0);
+        println!(
+            "{name}: {} reads, p50 {} ns, p99 {} ns",
+            card.requests("victim") - before,
+            result["p50_ns"],
+            result["p99_ns"]
+        );
+        card.requests("victim") - before
+    };
+    let alone = reads("alone");
+    for (kind, qd) in [("write", 128), ("read", 128)] {
+        let job = format!("job=blk-bench rw={kind} bs=131072 qd={qd} queues=1 mode=irq secs=600 timeout=600");
+        let mut vm = Vm::boot(dir.path(), config(kind, &job, vec![slot("disk0", &flood)]));
+        let before = card.requests("flood");
+        wait_until("the flood", SOON, || card.requests("flood") > before + 200);
+        let (before, since) = (card.requests("flood"), Instant::now());
+        let beside = reads(&format!("beside-a-{kind}"));
+        let rate = (card.requests("flood") - before) as f64 / 8.0 / since.elapsed().as_secs_f64();
+        println!("    the flood: {rate:.0} MiB/s");
+        assert!(rate > 0.0 && beside > alone / 100, "{beside} of {alone} reads, {rate}");
+        vm.process().kill9();
+    }
 }
 
 /// One VM with all it can have in flight, and one with a request at a time: both get on.

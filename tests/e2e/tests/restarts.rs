@@ -124,13 +124,25 @@ fn wanted(default: usize) -> usize {
 }
 
 fn survives(how: How, what: &str, wanted: usize, boot: impl Fn(&Path, &Device, &str) -> Front) {
+    survives_under(how, what, wanted, Duration::ZERO, |dir| Card::start("offload-blk", dir), boot);
+}
+
+/// The same with a card of another kind, which has `rest` between a restart and the next.
+fn survives_under(
+    how: How,
+    what: &str,
+    wanted: usize,
+    rest: Duration,
+    start: impl Fn(&Path) -> Card,
+    boot: impl Fn(&Path, &Device, &str) -> Front,
+) {
     let (mut random, mut pauses) = (Random(0x9e37_79b9), Pauses::default());
     // Then the data is read back, and another guest boots.
     let round = Duration::from_secs((wanted as u64 / 4).clamp(5, 20));
     let job = format!("{JOB} secs={}", round.as_secs());
     while pauses.restarts < wanted {
         let dir = temp_dir();
-        let mut card = Card::start("offload-blk", dir.path());
+        let mut card = start(dir.path());
         let device = card.block("disk0", &image(dir.path(), "disk.img", 32 << 20), 2);
         let mut front = boot(dir.path(), &device, &job);
         front.reports().wait("io_begin", SOON);
@@ -143,7 +155,7 @@ fn survives(how: How, what: &str, wanted: usize, boot: impl Fn(&Path, &Device, &
                     card.try_requests("disk0").is_some_and(|n| n > 200) || ended(&front)
                 });
             }
-            std::thread::sleep(Duration::from_micros(random.below(40_000)));
+            std::thread::sleep(rest + Duration::from_micros(random.below(40_000)));
             if ended(&front) {
                 break;
             }
@@ -202,6 +214,47 @@ fn kill9_of_the_card_under_qemu_loses_nothing() {
 #[test]
 fn a_planned_restart_of_the_card_loses_nothing() {
     survives(How::Planned, "planned restarts", wanted(20), ours);
+}
+
+/// A connection of this age is one that worked: the link connects again at once.
+const WORKED: Duration = Duration::from_millis(100);
+
+/// As under systemd: the device's socket listens all the while.
+#[test]
+fn a_planned_restart_of_a_card_whose_sockets_are_kept_loses_nothing() {
+    let start = |dir: &Path| Card::start_managed("offload-blk", dir);
+    survives_under(How::Planned, "planned restarts with sockets kept", wanted(20), WORKED, start, ours);
+}
+
+#[test]
+fn kill9_of_a_card_whose_sockets_are_kept_loses_nothing() {
+    let start = |dir: &Path| Card::start_managed("offload-blk", dir);
+    survives_under(How::Kill, "kills with sockets kept", wanted(10), WORKED, start, ours);
+}
+
+#[test]
+fn a_devices_socket_is_kept_for_as_long_as_the_device() {
+    let dir = temp_dir();
+    let mut card = Card::start_managed("offload-blk", dir.path());
+    let device = card.block("disk0", &image(dir.path(), "disk.img", 32 << 20), 1);
+    card.block("disk1", &image(dir.path(), "disk1.img", 32 << 20), 1);
+    assert_eq!(card.kept(), ["device.disk0", "device.disk1"]);
+    card.stop();
+    let waiting =
+        std::os::unix::net::UnixStream::connect(&device.socket_path).expect("a socket that listens");
+    // A record that goes while the card is away.
+    std::fs::remove_file(dir.path().join("offload-blk/devices/disk1.pb")).expect("remove a record");
+    card.restart();
+    assert_eq!(card.kept(), ["device.disk0"]);
+    // It is served, and was before anybody else could come.
+    let mut vm = Vm::start(dir.path(), "vm");
+    let in_use = vm.configure(config("vm", JOB, vec![slot("disk0", &device)])).unwrap_err();
+    assert!(in_use.message().contains("closed the connection"), "{in_use}");
+    drop(waiting);
+    drop(vm);
+    card.delete("disk0").expect("delete");
+    assert!(card.kept().is_empty());
+    assert!(!Path::new(&device.socket_path).exists());
 }
 
 #[test]

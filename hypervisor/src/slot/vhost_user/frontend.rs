@@ -1,5 +1,7 @@
 //! What a slot asks of its device, in the order in which it must be asked.
 
+mod handshake;
+
 use std::fs::File;
 use std::io;
 use std::os::unix::net::UnixStream;
@@ -14,14 +16,7 @@ use super::message::{Payload, Request, protocol, u32_at, u64_at};
 use super::{F_PROTOCOL_FEATURES, LinkError};
 use crate::memory::{GuestRam, RamRegion};
 
-/// Protocol features that we use if the device has them.
-const WANTED: u64 = protocol::MQ
-    | protocol::REPLY_ACK
-    | protocol::BACKEND_REQ
-    | protocol::CONFIG
-    | protocol::INFLIGHT_SHMFD
-    | protocol::RESET_DEVICE
-    | protocol::CONFIGURE_MEM_SLOTS;
+pub(in crate::slot) use handshake::Offer;
 
 /// Ring addresses are given to devices in an address space of ours ("user addresses"), which the specification lets us choose:
 /// guest-physical addresses behind this constant. So no device learns where this process has its memory, and no address is 0,
@@ -53,17 +48,6 @@ impl Default for Patience {
             machine_reset: Duration::from_secs(5),
         }
     }
-}
-
-/// What a device says about itself.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub(in crate::slot) struct Offer {
-    /// Virtio feature bits, without those that are of vhost-user.
-    pub(in crate::slot) features: u64,
-    /// Number of queues, if the device can say.
-    pub(in crate::slot) queues: Option<u64>,
-    /// Configuration space, if the device has one.
-    pub(in crate::slot) config: Option<Vec<u8>>,
 }
 
 /// Shared memory in which a device notes what is in flight. Its content is the device's business; we keep it and give it to the
@@ -102,6 +86,8 @@ pub(in crate::slot) struct Frontend {
     patience: Patience,
     protocol: u64,
     has_protocol_features: bool,
+    // How many memory regions the device takes one by one.
+    memory_slots: u64,
     // What the device was given.
     memory: Option<Arc<GuestRam>>,
     // End of what consists of several requests.
@@ -118,41 +104,11 @@ impl Frontend {
             patience,
             protocol: 0,
             has_protocol_features: false,
+            memory_slots: 0,
             memory: None,
             limit: None,
             unacknowledged: Vec::new(),
         })
-    }
-
-    /// Makes the handshake: asks the device what it is. `config_size`: how much of the configuration space to read, in bytes.
-    pub(in crate::slot) fn negotiate(&mut self, config_size: usize) -> Result<Offer, LinkError> {
-        let deadline = Instant::now() + self.patience.handshake;
-        let all = self.get_u64(Request::GetFeatures, deadline)?;
-        if all & F_PROTOCOL_FEATURES != 0 {
-            self.has_protocol_features = true;
-            let offered = self.get_u64(Request::GetProtocolFeatures, deadline)?;
-            let protocol = offered & WANTED;
-            let payload = Payload::default().u64(protocol);
-            self.connection.send(Request::SetProtocolFeatures, payload.as_slice(), &[], false, deadline)?;
-            self.protocol = protocol;
-        }
-        self.set(Request::SetOwner, &[], &[], deadline)?;
-        let queues = match self.has(protocol::MQ) {
-            true => Some(self.get_u64(Request::GetQueueNum, deadline)?),
-            false => None,
-        };
-        if self.has(protocol::BACKEND_REQ) {
-            let theirs = self.connection.open_backend_channel()?;
-            if let Err(e) = self.set(Request::SetBackendReqFd, &[], &[raw(&theirs)], deadline) {
-                let LinkError::Refused(_) = e else { return Err(e) };
-                self.connection.close_backend_channel();
-            }
-        }
-        let config = match self.has(protocol::CONFIG) && config_size > 0 {
-            true => Some(self.read_config(config_size, deadline)?),
-            false => None,
-        };
-        Ok(Offer { features: all & !F_PROTOCOL_FEATURES, queues, config })
     }
 
     /// All that is asked from now on has to be done in `time`; `None`: each request has a time of its own.
@@ -240,8 +196,8 @@ impl Frontend {
         let deadline = self.deadline();
         let region =
             |p: Payload, r: &RamRegion| p.u64(r.gpa).u64(r.size).u64(USER_BASE + r.gpa).u64(r.memfd_offset);
-        let one_by_one = self.has(protocol::CONFIGURE_MEM_SLOTS)
-            && self.get_u64(Request::GetMaxMemSlots, deadline)? >= ram.regions().len() as u64;
+        // None without CONFIGURE_MEM_SLOTS.
+        let one_by_one = self.memory_slots >= ram.regions().len() as u64;
         if one_by_one {
             for r in ram.regions() {
                 let payload = region(Payload::default().u64(0), r);
@@ -360,11 +316,19 @@ impl Frontend {
     }
 
     fn read_config(&mut self, size: usize, deadline: Instant) -> Result<Vec<u8>, LinkError> {
+        self.settle(deadline)?;
+        self.ask_config(size, deadline)?;
+        self.hear_config(size, deadline)
+    }
+
+    fn ask_config(&mut self, size: usize, deadline: Instant) -> Result<(), LinkError> {
+        let payload = Payload::default().u32(0).u32(length(size)?).u32(0).bytes(&vec![0; size]);
+        self.connection.send(Request::GetConfig, payload.as_slice(), &[], false, deadline)
+    }
+
+    fn hear_config(&mut self, size: usize, deadline: Instant) -> Result<Vec<u8>, LinkError> {
         const REQUEST: Request = Request::GetConfig;
         const HEADER: usize = 12;
-        let payload = Payload::default().u32(0).u32(length(size)?).u32(0).bytes(&vec![0; size]);
-        self.settle(deadline)?;
-        self.connection.send(REQUEST, payload.as_slice(), &[], false, deadline)?;
         let (mut reply, _) = self.connection.receive(REQUEST, deadline)?;
         // An error is answered by an empty payload, with or without its header.
         if reply.is_empty() || reply.len() == HEADER {
@@ -379,10 +343,21 @@ impl Frontend {
     fn get_u64(&mut self, request: Request, deadline: Instant) -> Result<u64, LinkError> {
         self.settle(deadline)?;
         self.connection.send(request, &[], &[], false, deadline)?;
+        self.hear_u64(request, deadline)
+    }
+
+    fn hear_u64(&mut self, request: Request, deadline: Instant) -> Result<u64, LinkError> {
         let (reply, _) = self.connection.receive(request, deadline)?;
         match (u64_at(&reply, 0), reply.len()) {
             (Some(value), 8) => Ok(value),
             _ => Err(wrong_length(request, reply.len())),
+        }
+    }
+
+    fn hear_acknowledgement(&mut self, request: Request, deadline: Instant) -> Result<(), LinkError> {
+        match self.hear_u64(request, deadline)? {
+            0 => Ok(()),
+            _ => Err(LinkError::Refused(request.as_str())),
         }
     }
 
@@ -421,12 +396,7 @@ impl Frontend {
     /// Takes the acknowledgements that are due.
     fn settle(&mut self, deadline: Instant) -> Result<(), LinkError> {
         for request in std::mem::take(&mut self.unacknowledged) {
-            let (reply, _) = self.connection.receive(request, deadline)?;
-            match (u64_at(&reply, 0), reply.len()) {
-                (Some(0), 8) => {}
-                (Some(_), 8) => return Err(LinkError::Refused(request.as_str())),
-                _ => return Err(wrong_length(request, reply.len())),
-            }
+            self.hear_acknowledgement(request, deadline)?;
         }
         Ok(())
     }

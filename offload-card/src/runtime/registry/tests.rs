@@ -96,7 +96,11 @@ impl Setup {
     }
 
     fn start(&self, patience: Duration) -> Arc<Registry<Storages>> {
-        let registry = Arc::new(Registry::new(self.storages.clone(), self.dir.path().to_owned()));
+        let registry = Arc::new(Registry::new(
+            self.storages.clone(),
+            self.dir.path().to_owned(),
+            KeptSockets::default(),
+        ));
         registry.restore(Instant::now() + patience);
         registry
     }
