@@ -26,7 +26,8 @@ impl Networks {
         if validate_only {
             return Ok(());
         }
-        groups.set(specs)?;
+        // What of it could be written is in force in any case.
+        let written = groups.set(specs);
         let networks = self.lock();
         for entry in networks.values() {
             let Some(network) = &entry.network else { continue };
@@ -37,6 +38,7 @@ impl Networks {
                 network.set_rules(plug.port, Arc::new(rules))?;
             }
         }
+        written?;
         for spec in specs {
             tracing::info!(group = spec.id, rules = spec.rules.len(), "security group set");
         }
