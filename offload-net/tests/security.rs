@@ -259,7 +259,7 @@ fn fragments_without_their_first_do_not_arrive() {
     let rules = [allow(Direction::In, Protocol::Udp, (53, 53), everybody())];
     let mut server = Member::new(&network, 11, Some((WEB, &rules)));
     let mut client = Member::new(&network, 12, None);
-    let mut part = |port, offset: u16, more: bool| {
+    let part = |port, offset: u16, more: bool| {
         let macs = (server.guest.mac, client.guest.mac);
         let mut f = udp4(macs, ([10, 0, 0, 12], 999), ([10, 0, 0, 11], port), &[1; 56], false);
         f[18..20].copy_from_slice(&port.to_be_bytes());

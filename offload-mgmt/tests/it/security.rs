@@ -82,7 +82,7 @@ async fn groups_are_made_changed_used_and_deleted() {
     let request = vm(&setup, &mut client, "a", &["web"]).await;
     client.create_vm(request).await.expect("create");
     let device = setup.net.state().devices.values().next().expect("NIC").clone();
-    let Some(proto::v1::device_spec::Kind::Net(net)) = device.kind else { panic!("{device:?}") };
+    let Some(proto::v1::device_spec::Kind::Net(net)) = device.kind.clone() else { panic!("{device:?}") };
     assert_eq!((net.security_groups, net.max_connections), (vec!["web".to_owned()], 100));
     let answer = client.list_security_groups(ListSecurityGroupsRequest {}).await.expect("list").into_inner();
     assert_eq!(answer.groups[1].devices, [device.id]);
@@ -106,7 +106,8 @@ async fn groups_are_made_changed_used_and_deleted() {
     client.delete_security_group(delete("db")).await.expect("delete");
     client.delete_security_group(delete("web")).await.expect("delete");
     assert_eq!(reason(client.delete_security_group(delete("web")).await), ErrorReason::SecurityGroupNotFound);
-    assert!(setup.net.state().groups.is_empty() && list(&mut client).await.is_empty());
+    assert!(setup.net.state().groups.is_empty());
+    assert!(list(&mut client).await.is_empty());
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -160,15 +161,17 @@ async fn a_card_that_has_lost_its_groups_gets_them_before_the_devices() {
     let groups = lose(&setup);
     let lost = LinkChanged { slot_id: "nic0".into(), state: LinkState::Lost.into(), reason: "gone".into() };
     setup.runner.process(&id).emit(E::Link(lost));
-    until("the groups and the NIC", || setup.net.state().groups == groups && setup.net.devices().len() == 1)
-        .await;
+    let whole = |setup: &Setup| {
+        let state = setup.net.state();
+        state.groups == groups && state.devices.len() == 1
+    };
+    until("the groups and the NIC", || whole(&setup)).await;
 
     // Another controller knows them, too.
     setup.stop().await;
     lose(&setup);
     let mut client = setup.start().await;
-    until("the groups and the NIC", || setup.net.state().groups == groups && setup.net.devices().len() == 1)
-        .await;
+    until("the groups and the NIC", || whole(&setup)).await;
     assert_eq!(list(&mut client).await, groups.into_values().collect::<Vec<_>>());
     assert_eq!(reason(client.delete_security_group(delete("web")).await), ErrorReason::SecurityGroupInUse);
 }

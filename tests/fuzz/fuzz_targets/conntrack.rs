@@ -74,7 +74,7 @@ fuzz_target!(|data: &[u8]| {
             let (Ok(Verdict::Forward), Some(packet)) = (verdict, Packet::of(frame)) else { return };
             let admitted = filter.admit(&packet, direction, &members, now).is_ok();
             match (direction, admitted) {
-                (Direction::Out, true) => drop(sent.extend(pair(&bytes, &packet, direction))),
+                (Direction::Out, true) => sent.extend(pair(&bytes, &packet, direction)),
                 (Direction::In, true) => answers(&bytes, &packet, &sent),
                 (_, false) => {}
             }
