@@ -81,7 +81,7 @@ async fn drops(card: &Card, device: &str) -> NetDrops {
 struct Pair {
     server: Guest,
     client: Guest,
-    _links: Option<[Link; 2]>,
+    links: Option<[Link; 2]>,
 }
 
 impl Pair {
@@ -93,15 +93,16 @@ impl Pair {
         make(card, device("client", &client, &[])).await.unwrap();
         server.fill_rx(100, 2048);
         client.fill_rx(100, 2048);
-        let mut pair = Self { server, client, _links: None };
+        let mut pair = Self { server, client, links: None };
         pair.connect(card);
         pair
     }
 
     fn connect(&mut self, card: &Card) {
-        self._links = None;
+        // A device has one front-end at a time.
+        drop(self.links.take());
         let links = [self.server.connect(&card.socket("server")), self.client.connect(&card.socket("client"))];
-        self._links = Some(links);
+        self.links = Some(links);
     }
 
     fn asks(&mut self, ports: (u16, u16), flags: u8) -> bool {
@@ -203,7 +204,7 @@ async fn rules_change_at_once_and_a_deleted_devices_connections_go() {
 
     let path = connections(&card, "server");
     assert!(path.exists());
-    pair._links = None;
+    pair.links = None;
     let delete = DeleteDeviceRequest { id: "server".to_owned() };
     card.devices().await.delete_device(delete).await.unwrap();
     assert!(!path.exists());

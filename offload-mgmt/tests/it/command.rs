@@ -102,7 +102,7 @@ async fn security_groups_from_create_to_rm() {
     let (setup, _) = Setup::new().await;
     let (socket, kernel) = (setup.api_socket(), setup.kernel());
     let group = |args: &[&'static str]| {
-        let args: Vec<_> = [&["security-group"], args].concat();
+        let args: Vec<_> = [&["security-group"][..], args].concat();
         let socket = socket.clone();
         async move { run(&socket, &args).await }
     };
