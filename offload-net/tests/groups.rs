@@ -19,7 +19,8 @@ const SYN: u8 = 2;
 const ACK: u8 = 16;
 
 fn network() -> CreateNetworkRequest {
-    let spec = NetworkSpec { id: "lan".to_owned(), ipv4_prefix: "10.0.0.0/24".to_owned(), ..Default::default() };
+    let spec =
+        NetworkSpec { id: "lan".to_owned(), ipv4_prefix: "10.0.0.0/24".to_owned(), ..Default::default() };
     CreateNetworkRequest { spec: Some(spec), ..Default::default() }
 }
 
@@ -101,7 +102,8 @@ impl Pair {
     fn connect(&mut self, card: &Card) {
         // A device has one front-end at a time.
         drop(self.links.take());
-        let links = [self.server.connect(&card.socket("server")), self.client.connect(&card.socket("client"))];
+        let links =
+            [self.server.connect(&card.socket("server")), self.client.connect(&card.socket("client"))];
         self.links = Some(links);
     }
 

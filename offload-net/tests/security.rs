@@ -24,7 +24,8 @@ const OTHER: GroupId = GroupId(2);
 const ALL: (u16, u16) = (0, u16::MAX);
 
 fn network() -> Network {
-    let spec = NetworkSpec { id: "vpc".to_owned(), ipv4_prefix: "10.0.0.0/24".to_owned(), ..Default::default() };
+    let spec =
+        NetworkSpec { id: "vpc".to_owned(), ipv4_prefix: "10.0.0.0/24".to_owned(), ..Default::default() };
     let subnet = Subnet::check(&spec, 1500, &[]).unwrap();
     Network::start("test", 1500, subnet, Uplink::None, PollPolicy::default()).unwrap()
 }

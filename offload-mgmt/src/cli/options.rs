@@ -115,7 +115,8 @@ impl FromStr for NicOption {
                 }
                 "connections" => nic.max_connections = pair.number()?,
                 _ => {
-                    let known = "network, id, mac, address, mtu, queue-pairs, card, security-group, connections";
+                    let known =
+                        "network, id, mac, address, mtu, queue-pairs, card, security-group, connections";
                     return Err(pair.unknown(known));
                 }
             }

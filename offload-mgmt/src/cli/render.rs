@@ -105,7 +105,8 @@ pub(crate) fn vm(vm: &Vm) -> String {
     });
     if !vm.nics.is_empty() {
         text.push('\n');
-        text += &table(&["NIC", "NETWORK", "CARD", "MAC", "ADDRESSES", "GROUPS", "PAIRS", "PCI", "LINK"], nics);
+        text +=
+            &table(&["NIC", "NETWORK", "CARD", "MAC", "ADDRESSES", "GROUPS", "PAIRS", "PCI", "LINK"], nics);
     }
     text
 }

@@ -73,7 +73,9 @@ fn rules_of(rules: &Rules) -> Result<Vec<SecurityGroupRule>, Failure> {
     {
         for option in options {
             let rules = option.rules(direction);
-            all.extend(rules.map_err(|e| Failure::Local(e, "see: outboard security-group create --help".into()))?);
+            all.extend(
+                rules.map_err(|e| Failure::Local(e, "see: outboard security-group create --help".into()))?,
+            );
         }
     }
     Ok(all)

@@ -398,7 +398,8 @@ impl Card {
             }
         }
         for leftover in leftovers {
-            let what = if leftover.starts_with(security::GROUP) { security::GROUP } else { leftover.as_str() };
+            let what =
+                if leftover.starts_with(security::GROUP) { security::GROUP } else { leftover.as_str() };
             let _alone = self.alone(what).await;
             if !self.wanted().leftovers.contains(&leftover) {
                 continue;
@@ -440,9 +441,7 @@ impl Card {
         };
         let mut answer = ask().await;
         // What a card that has lost all has lost first. Once each: what is wrong otherwise stays so.
-        let lost = |answer: &Result<Device, Failure>, reason: ErrorReason| {
-            matches!(answer, Err(Failure::Refused(e)) if e.reason() == reason)
-        };
+        let lost = |answer: &Result<Device, Failure>, reason: ErrorReason| matches!(answer, Err(Failure::Refused(e)) if e.reason() == reason);
         let Some(proto::v1::device_spec::Kind::Net(net)) = &spec.kind else { return answer };
         if lost(&answer, ErrorReason::NetworkNotFound) {
             let network = self.wanted().networks.get(&net.network).cloned();

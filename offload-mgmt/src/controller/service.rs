@@ -10,10 +10,11 @@ use proto::v1::hypervisor_client::HypervisorClient;
 use proto::v1::{
     CardStatus, ChangeSecurityGroupRequest, ConsoleInput, ConsoleOutput, CreateNetworkRequest,
     CreateSecurityGroupRequest, CreateVmRequest, DeleteNetworkRequest, DeleteNetworkResponse,
-    DeleteSecurityGroupRequest, DeleteSecurityGroupResponse, DeleteVmRequest, DeleteVmResponse, Event, GetInfoRequest, GetStatsRequest,
-    GetVmRequest, ListCardsRequest, ListCardsResponse, ListNetworksRequest, ListNetworksResponse,
-    ListSecurityGroupsRequest, ListSecurityGroupsResponse, ListVmsRequest, ListVmsResponse, Network, RebootVmRequest, ResizeDiskRequest, ResizeDiskResponse,
-    SecurityGroup, SetDiskLimitsRequest, SlotInfo, StartVmRequest, StopVmRequest, Vm as VmMessage, VmStats,
+    DeleteSecurityGroupRequest, DeleteSecurityGroupResponse, DeleteVmRequest, DeleteVmResponse, Event,
+    GetInfoRequest, GetStatsRequest, GetVmRequest, ListCardsRequest, ListCardsResponse, ListNetworksRequest,
+    ListNetworksResponse, ListSecurityGroupsRequest, ListSecurityGroupsResponse, ListVmsRequest,
+    ListVmsResponse, Network, RebootVmRequest, ResizeDiskRequest, ResizeDiskResponse, SecurityGroup,
+    SetDiskLimitsRequest, SlotInfo, StartVmRequest, StopVmRequest, Vm as VmMessage, VmStats,
     WatchEventsRequest,
 };
 use tokio_stream::wrappers::ReceiverStream;

@@ -55,8 +55,7 @@ async fn list(client: &mut Client) -> Vec<SecurityGroupSpec> {
 
 /// A VM in a network with a prefix, with these groups.
 async fn vm(setup: &Setup, client: &mut Client, name: &str, groups: &[&str]) -> CreateVmRequest {
-    let spec =
-        NetworkSpec { id: "lan".into(), ipv4_prefix: "10.9.0.0/24".into(), ..NetworkSpec::default() };
+    let spec = NetworkSpec { id: "lan".into(), ipv4_prefix: "10.9.0.0/24".into(), ..NetworkSpec::default() };
     let request = CreateNetworkRequest { spec: Some(spec), ..CreateNetworkRequest::default() };
     client.create_network(request).await.expect("network");
     let mut request = setup.request(name);
@@ -76,7 +75,10 @@ async fn groups_are_made_changed_used_and_deleted() {
     assert_eq!(setup.net.state().groups["web"], web);
     // The same once more is no error; another one is.
     client.create_security_group(create("web", vec![tcp_in(80, all())])).await.expect("again");
-    assert_eq!(reason(client.create_security_group(create("web", vec![])).await), ErrorReason::SecurityGroupExists);
+    assert_eq!(
+        reason(client.create_security_group(create("web", vec![])).await),
+        ErrorReason::SecurityGroupExists
+    );
     client.create_security_group(create("db", vec![tcp_in(5432, of("web"))])).await.expect("create");
 
     let request = vm(&setup, &mut client, "a", &["web"]).await;

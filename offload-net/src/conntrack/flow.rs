@@ -2,8 +2,8 @@
 
 use std::net::IpAddr;
 
-use crate::frame::packet::{self, ICMPV6, Part, TCP, UDP};
 use crate::frame::Frame;
+use crate::frame::packet::{self, ICMPV6, Part, TCP, UDP};
 
 /// IP protocol number of ICMP.
 const ICMP: u8 = 1;
@@ -184,9 +184,8 @@ impl About {
     /// The connection that the packet belongs to which the error is about, if the error goes in this direction and to
     /// whoever has sent that packet.
     pub fn key(&self, error: &Packet, direction: Direction) -> Option<Key> {
-        (error.destination == self.source).then(|| {
-            key((self.source, self.destination), self.protocol, self.content, direction.reverse())
-        })
+        (error.destination == self.source)
+            .then(|| key((self.source, self.destination), self.protocol, self.content, direction.reverse()))
     }
 }
 
@@ -284,4 +283,3 @@ fn about(bytes: &[u8], v6: bool) -> Option<About> {
     };
     Some(About { source, destination, protocol, content })
 }
-

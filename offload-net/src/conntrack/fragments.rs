@@ -121,7 +121,8 @@ mod tests {
     fn the_place_is_bounded_and_nobody_passes_for_another() {
         let mut f = Fragments::default();
         (0..10_000).for_each(|id| f.remember(&part(id, 0, 8), Direction::In, 1, 0));
-        let passed = (0..20_000).filter(|id| f.pass(&part(*id, 8, 8), Direction::In, 1, 0)).collect::<Vec<_>>();
+        let passed =
+            (0..20_000).filter(|id| f.pass(&part(*id, 8, 8), Direction::In, 1, 0)).collect::<Vec<_>>();
         assert!(passed.len() <= PLACES && !passed.is_empty() && passed.iter().all(|id| *id < 10_000));
     }
 }

@@ -289,9 +289,13 @@ fn fragments_go_the_way_of_the_first() {
 enum Kind {
     Tcp(u8),
     Udp,
-    Echo { reply: bool },
+    Echo {
+        reply: bool,
+    },
     /// An ICMP error about a packet of this protocol, that went in this packet's opposite direction.
-    Error { udp: bool },
+    Error {
+        udp: bool,
+    },
     Other,
 }
 

@@ -157,7 +157,8 @@ impl Slots {
     pub fn get(&self, i: usize) -> Option<Kept> {
         let last = self.load(at(i, 5)).filter(|w| *w != 0)?;
         let state = State::from_number((last >> STATE_SHIFT) as u8)?;
-        let pair = |word| Some(u128::from(self.load(at(i, word))?) << 64 | u128::from(self.load(at(i, word + 1))?));
+        let pair =
+            |word| Some(u128::from(self.load(at(i, word))?) << 64 | u128::from(self.load(at(i, word + 1))?));
         let fields = self.load(at(i, 4))?;
         // What is left of the word is always 0.
         if fields >> 42 != 0 {
@@ -230,7 +231,8 @@ fn header(count: usize, owner: &Owner) -> [u64; OWNER_WORDS] {
 pub(super) mod tests {
     use super::*;
 
-    pub(in crate::conntrack) const OWNER: Owner = Owner { boot: 7 << 70 | 9, mac: [2, 0, 0, 0, 0, 1], network: 5 };
+    pub(in crate::conntrack) const OWNER: Owner =
+        Owner { boot: 7 << 70 | 9, mac: [2, 0, 0, 0, 0, 1], network: 5 };
 
     fn kept() -> Kept {
         Kept {

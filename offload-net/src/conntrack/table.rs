@@ -260,7 +260,9 @@ impl Table {
         let mut left = REAP;
         for queue in 0..QUEUES {
             while left > 0 {
-                let Some(first) = self.queues.get(queue).map(|q| q.first).filter(|f| *f != NONE) else { break };
+                let Some(first) = self.queues.get(queue).map(|q| q.first).filter(|f| *f != NONE) else {
+                    break;
+                };
                 match self.slots.status(first as usize) {
                     Some((_, expires)) if expires <= now => self.remove(Slot(first)),
                     _ => break,

@@ -4,8 +4,8 @@ use std::collections::HashMap;
 
 use proptest::prelude::*;
 
-use crate::conntrack::slots::tests::OWNER;
 use super::*;
+use crate::conntrack::slots::tests::OWNER;
 
 const EPOCH: u64 = 1;
 

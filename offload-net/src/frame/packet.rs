@@ -343,10 +343,10 @@ mod tests {
         assert_eq!((first.udp, first.fragment), (ports, true));
         let second = behind(&[17, 0, 0, 9, 0, 0, 0, 0], 44).unwrap();
         assert_eq!((second.udp, second.protocol, second.fragment), (None, None, true));
-        assert_eq!((first.part, second.part), (
-            Some(Part { id: 0, offset: 0, len: 8 }),
-            Some(Part { id: 0, offset: 8, len: 8 })
-        ));
+        assert_eq!(
+            (first.part, second.part),
+            (Some(Part { id: 0, offset: 0, len: 8 }), Some(Part { id: 0, offset: 8, len: 8 }))
+        );
         // Out of what can be seen.
         assert_eq!(behind(&[17, 255, 1, 4, 0, 0, 0, 0], 0), None);
     }

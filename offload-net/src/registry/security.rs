@@ -76,8 +76,10 @@ impl Networks {
     fn devices_with(&self, group: &str) -> Vec<String> {
         let networks = self.lock();
         let all = networks.values().flat_map(|n| &n.devices);
-        let mut devices: Vec<String> =
-            all.filter(|(_, plug)| plug.groups.iter().any(|g| g == group)).map(|(id, _)| id.clone()).collect();
+        let mut devices: Vec<String> = all
+            .filter(|(_, plug)| plug.groups.iter().any(|g| g == group))
+            .map(|(id, _)| id.clone())
+            .collect();
         devices.sort();
         devices
     }
@@ -134,7 +136,8 @@ impl Networks {
 
 /// Makes the directory of the devices' connections, which are nobody else's to read.
 pub(super) fn directory(path: PathBuf) -> Result<PathBuf, Error> {
-    let made = fs::create_dir_all(&path).and_then(|()| fs::set_permissions(&path, Permissions::from_mode(0o700)));
+    let made =
+        fs::create_dir_all(&path).and_then(|()| fs::set_permissions(&path, Permissions::from_mode(0o700)));
     made.map_err(|e| {
         Error::new(Code::Internal, ErrorReason::Host, format!("cannot make {}: {e}", path.display()))
             .resource(path.display().to_string())

@@ -6,9 +6,7 @@ use std::path::PathBuf;
 use ipnet::IpNet;
 use proto::error::{Error, ErrorReason};
 use proto::v1::security_group_rule::Peer as PeerSpec;
-use proto::v1::{
-    RuleProtocol, SecurityGroupRecord, SecurityGroupRule, SecurityGroupSpec, TrafficDirection,
-};
+use proto::v1::{RuleProtocol, SecurityGroupRecord, SecurityGroupRule, SecurityGroupSpec, TrafficDirection};
 use tonic::Code;
 
 use super::rules::{GroupId, Peer, Protocol, Rule, Rules};
@@ -68,8 +66,10 @@ impl Groups {
         for spec in specs {
             let plain = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '-';
             if spec.id.is_empty() || spec.id.len() > ID_MAX || !spec.id.chars().all(plain) {
-                let what =
-                    format!("security group id {:?} is not 1 to {ID_MAX} characters of a-z, 0-9 and '-'", spec.id);
+                let what = format!(
+                    "security group id {:?} is not 1 to {ID_MAX} characters of a-z, 0-9 and '-'",
+                    spec.id
+                );
                 return Err(Error::invalid_field("groups.id", what));
             }
             if !new.insert(&spec.id) {
@@ -130,7 +130,8 @@ impl Groups {
         if !self.groups.contains_key(id) {
             return Err(not_found(id));
         }
-        let names = |group: &&Group| group.spec.id != id && group.spec.rules.iter().any(|r| named(r) == Some(id));
+        let names =
+            |group: &&Group| group.spec.id != id && group.spec.rules.iter().any(|r| named(r) == Some(id));
         if let Some(other) = self.groups.values().find(names) {
             return Err(in_use(id, &format!("a rule of security group {} names it", other.spec.id))
                 .remedy("take that rule away first"));

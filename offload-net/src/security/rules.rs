@@ -194,7 +194,8 @@ mod tests {
             rule(Direction::Out, Protocol::Any, all, Peer::Group(DB)),
         ]);
         let mut members = Members::default();
-        let web = Interface { ipv4: vec![[10, 0, 0, 5].into()], ..Interface::plain(MacAddr([2, 0, 0, 0, 0, 5])) };
+        let web =
+            Interface { ipv4: vec![[10, 0, 0, 5].into()], ..Interface::plain(MacAddr([2, 0, 0, 0, 0, 5])) };
         members.insert(&web, &[DB, WEB]);
         let allows = |members: &Members, key, direction| rules.allow(&key, direction, members);
         let inward = |key| allows(&members, key, Direction::In);

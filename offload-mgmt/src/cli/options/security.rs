@@ -78,7 +78,11 @@ fn protocol(name: &str) -> Result<RuleProtocol, String> {
         "udp" => RuleProtocol::Udp,
         "icmp" => RuleProtocol::Icmp,
         "icmpv6" => RuleProtocol::Icmpv6,
-        _ => return Err(format!("\"{name}\" is no protocol known here; known are: tcp, udp, icmp, icmpv6, any")),
+        _ => {
+            return Err(format!(
+                "\"{name}\" is no protocol known here; known are: tcp, udp, icmp, icmpv6, any"
+            ));
+        }
     })
 }
 
@@ -99,7 +103,8 @@ fn peer(text: &str) -> Result<Peer, String> {
     if !text.contains('/') {
         return Ok(Peer::Group(text.to_owned()));
     }
-    let net: IpNet = text.parse().map_err(|_| format!("\"{text}\" is no prefix; write it like 10.88.0.0/24"))?;
+    let net: IpNet =
+        text.parse().map_err(|_| format!("\"{text}\" is no prefix; write it like 10.88.0.0/24"))?;
     Ok(Peer::Prefix(net.to_string()))
 }
 

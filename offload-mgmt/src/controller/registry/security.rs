@@ -54,7 +54,13 @@ impl Registry {
             None => {}
         }
         inner.check_peers(spec, card)?;
-        let info = GroupInfo { spec: spec.clone(), card: card.to_owned(), changing: true, passing: true, next: None };
+        let info = GroupInfo {
+            spec: spec.clone(),
+            card: card.to_owned(),
+            changing: true,
+            passing: true,
+            next: None,
+        };
         inner.groups.insert(spec.id.clone(), info);
         Ok(false)
     }
@@ -203,11 +209,7 @@ fn exists(id: &str, changing: bool) -> Error {
 
 /// There is no such security group.
 fn group_not_found(id: &str) -> Error {
-    Error::new(
-        Code::NotFound,
-        ErrorReason::SecurityGroupNotFound,
-        format!("there is no security group {id}"),
-    )
-    .resource(id)
-    .remedy(format!("make it with: outboard security-group create {id}"))
+    Error::new(Code::NotFound, ErrorReason::SecurityGroupNotFound, format!("there is no security group {id}"))
+        .resource(id)
+        .remedy(format!("make it with: outboard security-group create {id}"))
 }

@@ -18,8 +18,11 @@ pub(super) fn check_nic(i: usize, nic: &NicSpec) -> Result<(), Error> {
     for group in &nic.security_groups {
         check_name(&field, "a security group's id", group, 32)?;
         if !seen.insert(group) {
-            return Err(Error::invalid_field(&field, format!("NIC {} has security group {group} twice", nic.id))
-                .remedy("name it once"));
+            return Err(Error::invalid_field(
+                &field,
+                format!("NIC {} has security group {group} twice", nic.id),
+            )
+            .remedy("name it once"));
         }
     }
     if seen.len() > GROUPS_MAX {
@@ -37,7 +40,10 @@ pub(super) fn check_nic(i: usize, nic: &NicSpec) -> Result<(), Error> {
 ///
 /// # Errors
 /// INVALID_FIELD with the field's name. What else a rule must be, the group's card says.
-pub(crate) fn complete_group(mut spec: SecurityGroupSpec, no_egress: bool) -> Result<SecurityGroupSpec, Error> {
+pub(crate) fn complete_group(
+    mut spec: SecurityGroupSpec,
+    no_egress: bool,
+) -> Result<SecurityGroupSpec, Error> {
     check_name("spec.id", "a security group's id", &spec.id, 32)?;
     let mut rules: Vec<SecurityGroupRule> = Vec::new();
     for rule in std::mem::take(&mut spec.rules) {
@@ -132,7 +138,9 @@ mod tests {
             check_nic(0, &NicSpec { security_groups, ..NicSpec::default() }).map_err(|e| e.to_string())
         };
         assert_eq!(nic(&["a", "b", "c", "d", "e", "f", "g", "h"]), Ok(()));
-        assert!(nic(&["a", "b", "c", "d", "e", "f", "g", "h", "i"]).expect_err("nine").contains("more than 8"));
+        assert!(
+            nic(&["a", "b", "c", "d", "e", "f", "g", "h", "i"]).expect_err("nine").contains("more than 8")
+        );
         assert!(nic(&["a", "a"]).expect_err("twice").contains("twice"));
         assert!(nic(&["A"]).is_err());
     }
