@@ -159,7 +159,7 @@ impl Filter {
         let syn = matches!(content, Content::Tcp(_, _, flags) if flags.opens());
         // A SYN is the first of another connection, unless it is one more of those this one begins with.
         if let Some(found) = self.table.find(&key, at.now)
-            && !(syn && !found.state.takes_syn())
+            && (!syn || found.state.takes_syn())
         {
             self.still_allowed(&key, &found, at)?;
             let next = found.state.next(content, found.origin == at.direction).ok_or(Denied::Rule)?;
