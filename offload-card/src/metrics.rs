@@ -153,7 +153,7 @@ pub fn encode(prefix: &str, version: &str, stats: &[DeviceStats], lost: usize) -
         out.family(
             "refused_total",
             "counter",
-            "Frames that a network did not take from a device, by reason (count).",
+            "Frames that a network did not take from a device or did not give it, by reason (count).",
         );
         for (device, drops) in stats.iter().filter_map(|d| Some((d, d.drops?))) {
             for (reason, frames) in drops.by_reason() {

@@ -20,9 +20,11 @@ use virtio_bindings::virtio_net::{
     VIRTIO_NET_F_MTU, VIRTIO_NET_F_STATUS, VIRTIO_NET_S_LINK_UP,
 };
 
+use crate::conntrack::Filter;
 use crate::drops::Drops;
 use crate::mac::MacAddr;
 use crate::network::Network;
+use crate::security::Wanted;
 use crate::subnet::{Interface, Subnet};
 use crate::switch::PortId;
 
@@ -53,6 +55,8 @@ const FEATURES: u64 = 1 << VIRTIO_NET_F_MAC
 pub struct Settings {
     /// Its addresses.
     pub interface: Interface,
+    /// Its security groups, if it has some.
+    pub security: Option<Wanted>,
     /// Largest L3 packet in bytes.
     pub mtu: u16,
     /// Largest ring.
@@ -91,8 +95,9 @@ impl Settings {
             return Err(Error::invalid_field("net.queue_size", what));
         }
         let interface = Interface::check(spec, mac, subnet)?;
+        let security = Wanted::check(spec, subnet.is_some())?;
         // Both fit: checked above.
-        Ok(Self { interface, mtu: mtu as u16, queue_size: queue_size as u16 })
+        Ok(Self { interface, security, mtu: mtu as u16, queue_size: queue_size as u16 })
     }
 
     /// What a device with these settings is.
@@ -128,13 +133,24 @@ pub struct NetDevice {
 }
 
 impl NetDevice {
-    /// Plugs a device into its network.
+    /// Plugs a device into its network, with what its security groups let through.
     ///
     /// # Errors
     /// An address is taken.
-    pub fn plug(settings: &Settings, network: Arc<Network>) -> Result<Self, Error> {
-        let (port, drops) = network.plug(settings.interface.clone())?;
+    pub fn plug(
+        settings: &Settings,
+        filter: Option<Box<Filter>>,
+        network: Arc<Network>,
+    ) -> Result<Self, Error> {
+        let (port, drops) = network.plug_behind(settings.interface.clone(), filter)?;
         Ok(Self { identity: settings.identity(), config: settings.config(), network, port, drops })
+    }
+}
+
+impl NetDevice {
+    /// Its place in its network.
+    pub fn port(&self) -> PortId {
+        self.port
     }
 }
 

@@ -1,4 +1,4 @@
-//! Why a network does not take a frame from a device, counted per device.
+//! Why a network does not take a frame from a device, or does not give it one, counted per device.
 
 use offload_card::ring::Counter;
 use proto::v1::NetDrops;
@@ -24,9 +24,17 @@ pub enum DropReason {
     NoDestination,
     /// The host does not take it.
     Uplink,
+    /// The sender's security groups do not allow it.
+    DeniedOut,
+    /// The receiver's do not; counted by the receiver.
+    DeniedIn,
+    /// There is no room for one more connection, of the sender's or the receiver's.
+    ConntrackAllowanceExceeded,
+    /// A part of a packet of which the first part has not passed.
+    Fragment,
 }
 
-const REASONS: usize = DropReason::Uplink as usize + 1;
+const REASONS: usize = DropReason::Fragment as usize + 1;
 
 impl DropReason {
     /// A correct driver in a correct guest does not send such a frame.
@@ -62,6 +70,10 @@ impl Drops {
             multicast: self.get(DropReason::Multicast),
             no_destination: self.get(DropReason::NoDestination),
             uplink: self.get(DropReason::Uplink),
+            denied_out: self.get(DropReason::DeniedOut),
+            denied_in: self.get(DropReason::DeniedIn),
+            conntrack_allowance_exceeded: self.get(DropReason::ConntrackAllowanceExceeded),
+            fragment: self.get(DropReason::Fragment),
         }
     }
 }

@@ -11,6 +11,7 @@
 //! - [`switch`]: where a frame goes: the control plane's table, no learning, no spoofing;
 //! - [`subnet`], [`guard`], [`answer`]: networks with a prefix: who has which address, what a guest may send, and what the
 //!   card answers itself; [`drops`] counts what goes nowhere;
+//! - [`security`], [`conntrack`]: security groups, and the connections that they have allowed;
 //! - [`network`]: a network's thread and its queues;
 //! - [`host`]: TAP interfaces;
 //! - [`device`]: the virtio-net device;
@@ -22,6 +23,7 @@
 //! counted, and neither concerns another device.
 
 pub mod answer;
+pub mod conntrack;
 pub mod device;
 pub mod drops;
 pub mod frame;
@@ -30,6 +32,7 @@ pub mod host;
 pub mod mac;
 pub mod network;
 pub mod registry;
+pub mod security;
 pub mod service;
 pub mod store;
 pub mod subnet;

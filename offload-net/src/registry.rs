@@ -1,5 +1,7 @@
 //! The networks of a card, kept in its runtime directory so that a card that was killed comes back with them.
 
+mod security;
+
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -11,7 +13,7 @@ use offload_card::poll::PollPolicy;
 use offload_card::{ConfigNotifier, Device, DeviceFactory, Identity};
 use proto::error::{Error, ErrorReason};
 use proto::v1::device_spec::Kind;
-use proto::v1::{DeviceSpec, DeviceStats, NetDeviceSpec, NetworkSpec};
+use proto::v1::{DeviceSpec, DeviceStats, NetDeviceSpec, NetworkRecord, NetworkSpec};
 use tonic::Code;
 
 use crate::device::{MTU_MAX, MTU_MIN, NetDevice, Settings};
@@ -19,8 +21,10 @@ use crate::host::netlink::Prefix;
 use crate::host::tap;
 use crate::network::uplink::{Uplink, UplinkSpec};
 use crate::network::{Network, address_taken, mac_taken};
+use crate::security::groups::Groups;
 use crate::store::Store;
 use crate::subnet::{Interface, Subnet};
+use crate::switch::PortId;
 
 const DEFAULT_MTU: u32 = 1500;
 const ID_MAX: usize = 32;
@@ -31,7 +35,11 @@ pub struct Networks(Arc<Inner>);
 
 #[derive(Debug)]
 struct Inner {
-    store: Store,
+    store: Store<NetworkRecord>,
+    /// Held while a group is changed or a device is made, before `networks`: what a device is made with is in force.
+    groups: Mutex<Groups>,
+    /// Where the connections of devices with security groups are kept.
+    connections: PathBuf,
     /// Held while a network is made or deleted: rare, and never by a data thread.
     networks: Mutex<BTreeMap<String, Entry>>,
     /// Devices made so far.
@@ -53,6 +61,10 @@ struct Entry {
 #[derive(Debug)]
 struct Plug {
     interface: Interface,
+    /// Its security groups, by id.
+    groups: Vec<String>,
+    /// Its place in the network.
+    port: PortId,
     /// Which device it is of those that had this id.
     number: u64,
 }
@@ -92,6 +104,8 @@ impl Networks {
     /// # Errors
     /// The directory cannot be made or read.
     pub fn open(directory: PathBuf, policy: PollPolicy) -> Result<Self, Error> {
+        let groups = Groups::open(directory.join("security-groups"))?;
+        let connections = security::directory(directory.join("connections"))?;
         let store = Store::open(directory)?;
         let mut networks = BTreeMap::new();
         for spec in store.load()? {
@@ -105,7 +119,14 @@ impl Networks {
             }
             networks.insert(entry.spec.id.clone(), entry);
         }
-        Ok(Self(Arc::new(Inner { store, networks: Mutex::new(networks), made: AtomicU64::new(0), policy })))
+        Ok(Self(Arc::new(Inner {
+            store,
+            groups: Mutex::new(groups),
+            connections,
+            networks: Mutex::new(networks),
+            made: AtomicU64::new(0),
+            policy,
+        })))
     }
 
     /// Makes a network; the same one a second time is fine. Answers with the devices in it.
@@ -193,9 +214,13 @@ impl DeviceFactory for Networks {
         if spec.limits.is_some_and(|l| !l.is_none()) {
             return Err(not_limited());
         }
+        let groups = self.groups();
         let networks = self.lock();
         let entry = networks.get(&net.network).ok_or_else(|| not_found(&net.network))?;
         let settings = entry.settings(net)?;
+        if let Some(wanted) = &settings.security {
+            groups.rules_of(&wanted.groups)?;
+        }
         for (_, other) in entry.devices.iter().filter(|(id, _)| **id != spec.id) {
             if other.interface.mac == settings.interface.mac {
                 return Err(mac_taken(settings.interface.mac));
@@ -210,15 +235,25 @@ impl DeviceFactory for Networks {
 
     fn create(&self, spec: &DeviceSpec, _notifier: ConfigNotifier) -> Result<Arc<dyn Device>, Error> {
         let net = net_spec(spec)?;
+        let groups = self.groups();
         let mut networks = self.lock();
         let entry = networks.get_mut(&net.network).ok_or_else(|| not_found(&net.network))?;
         let settings = entry.settings(net)?;
-        let device = NetDevice::plug(&settings, entry.network(self.0.policy)?.clone())?;
+        let network = entry.network(self.0.policy)?.clone();
+        let device = self.filter(&groups, spec, &net.network, &settings, |filter| {
+            NetDevice::plug(&settings, filter, network)
+        })?;
         let number = self.0.made.fetch_add(1, Ordering::Relaxed);
-        entry.devices.insert(spec.id.clone(), Plug { interface: settings.interface, number });
+        let groups = settings.security.map_or_else(Vec::new, |wanted| wanted.groups);
+        let plug = Plug { interface: settings.interface, groups, port: device.port(), number };
+        entry.devices.insert(spec.id.clone(), plug);
         let member =
             Member { networks: self.clone(), network: net.network.clone(), id: spec.id.clone(), number };
         Ok(Arc::new(Plugged { device, member }))
+    }
+
+    fn forget(&self, id: &str) {
+        self.forget_connections(id);
     }
 }
 
@@ -435,7 +470,7 @@ mod tests {
         let dir = temporary.path().join("networks");
         // A record that this version refuses.
         let bad = NetworkSpec { mtu: 67, ..spec("a") };
-        Store::open(dir.clone()).unwrap().save(&bad).unwrap();
+        Store::<NetworkRecord>::open(dir.clone()).unwrap().save(&bad).unwrap();
         let networks = Networks::open(dir.clone(), PollPolicy::default()).unwrap();
         assert_eq!(networks.list(), [(bad, vec![])]);
         let e = DeviceFactory::create(&networks, &device("d", "a", 1), ConfigNotifier::default());

@@ -3,8 +3,10 @@
 use proto::error::{Error, ErrorReason};
 use proto::v1::network_card_server::NetworkCard;
 use proto::v1::{
-    CreateNetworkRequest, DeleteNetworkRequest, DeleteNetworkResponse, ListNetworksRequest,
-    ListNetworksResponse, Network, NetworkSpec,
+    CreateNetworkRequest, DeleteNetworkRequest, DeleteNetworkResponse, DeleteSecurityGroupRequest,
+    DeleteSecurityGroupResponse, ListNetworksRequest, ListNetworksResponse, ListSecurityGroupsRequest,
+    ListSecurityGroupsResponse, Network, NetworkSpec, SecurityGroup, SetSecurityGroupsRequest,
+    SetSecurityGroupsResponse,
 };
 use tonic::{Code, Request, Response, Status};
 
@@ -55,6 +57,34 @@ impl NetworkCard for Networks {
         let networks = self.blocking(|networks| Ok(networks.list())).await?;
         let networks = networks.into_iter().map(|(spec, devices)| answer(spec, devices)).collect();
         Ok(Response::new(ListNetworksResponse { networks }))
+    }
+
+    async fn set_security_groups(
+        &self,
+        request: Request<SetSecurityGroupsRequest>,
+    ) -> Result<Response<SetSecurityGroupsResponse>, Status> {
+        let SetSecurityGroupsRequest { groups, validate_only } = request.into_inner();
+        self.blocking(move |networks| networks.set_security_groups(&groups, validate_only)).await?;
+        Ok(Response::new(SetSecurityGroupsResponse {}))
+    }
+
+    async fn delete_security_group(
+        &self,
+        request: Request<DeleteSecurityGroupRequest>,
+    ) -> Result<Response<DeleteSecurityGroupResponse>, Status> {
+        let id = request.into_inner().id;
+        self.blocking(move |networks| networks.delete_security_group(&id)).await?;
+        Ok(Response::new(DeleteSecurityGroupResponse {}))
+    }
+
+    async fn list_security_groups(
+        &self,
+        _request: Request<ListSecurityGroupsRequest>,
+    ) -> Result<Response<ListSecurityGroupsResponse>, Status> {
+        let groups = self.blocking(|networks| Ok(networks.list_security_groups())).await?;
+        let groups =
+            groups.into_iter().map(|(spec, devices)| SecurityGroup { spec: Some(spec), devices }).collect();
+        Ok(Response::new(ListSecurityGroupsResponse { groups }))
     }
 }
 

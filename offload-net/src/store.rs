@@ -1,38 +1,100 @@
-//! Network specifications as files: one `NetworkRecord` per network, replaced atomically.
+//! Specifications of networks and security groups as files: one record each, replaced atomically.
 
 use std::fs::{self, File};
 use std::io::{self, Write};
+use std::marker::PhantomData;
 use std::path::{Path, PathBuf};
 
 use prost::Message;
 use proto::error::{Error, ErrorReason};
-use proto::v1::{NetworkRecord, NetworkSpec};
+use proto::v1::{NetworkRecord, NetworkSpec, SecurityGroupRecord, SecurityGroupSpec};
 use tonic::Code;
 
-/// What we write. Newer versions only add fields, so newer records are read all the same.
+/// What we write, and the newest that is understood: it is raised by what a card must know to do it rightly, and not by a
+/// field that may be overlooked.
 const VERSION: u32 = 1;
 
-/// The directory with the records.
-#[derive(Debug)]
-pub struct Store {
-    directory: PathBuf,
+/// What is kept of one thing.
+pub trait Record: Message + Default {
+    /// What it was asked for with.
+    type Spec: Clone;
+    /// What it is called.
+    const WHAT: &'static str;
+
+    /// A record of this version.
+    fn new(version: u32, spec: Self::Spec) -> Self;
+    /// Its version.
+    fn version(&self) -> u32;
+    /// Its specification, if it has one.
+    fn spec(self) -> Option<Self::Spec>;
+    /// The thing's id.
+    fn id(spec: &Self::Spec) -> &str;
 }
 
-impl Store {
+impl Record for NetworkRecord {
+    type Spec = NetworkSpec;
+    const WHAT: &'static str = "network";
+
+    fn new(version: u32, spec: NetworkSpec) -> Self {
+        Self { version, spec: Some(spec) }
+    }
+
+    fn version(&self) -> u32 {
+        self.version
+    }
+
+    fn spec(self) -> Option<NetworkSpec> {
+        self.spec
+    }
+
+    fn id(spec: &NetworkSpec) -> &str {
+        &spec.id
+    }
+}
+
+impl Record for SecurityGroupRecord {
+    type Spec = SecurityGroupSpec;
+    const WHAT: &'static str = "security group";
+
+    fn new(version: u32, spec: SecurityGroupSpec) -> Self {
+        Self { version, spec: Some(spec) }
+    }
+
+    fn version(&self) -> u32 {
+        self.version
+    }
+
+    fn spec(self) -> Option<SecurityGroupSpec> {
+        self.spec
+    }
+
+    fn id(spec: &SecurityGroupSpec) -> &str {
+        &spec.id
+    }
+}
+
+/// The directory with the records of one kind.
+#[derive(Debug)]
+pub struct Store<R> {
+    directory: PathBuf,
+    kind: PhantomData<fn() -> R>,
+}
+
+impl<R: Record> Store<R> {
     /// Makes the directory if need be.
     ///
     /// # Errors
     /// The directory cannot be made.
     pub fn open(directory: PathBuf) -> Result<Self, Error> {
         fs::create_dir_all(&directory).map_err(|e| failed("make", &directory, &e))?;
-        Ok(Self { directory })
+        Ok(Self { directory, kind: PhantomData })
     }
 
-    /// All records. One that cannot be read is logged and left out: the other networks are not to suffer from it.
+    /// All records. One that cannot be read is logged and left out: the others are not to suffer from it.
     ///
     /// # Errors
     /// The directory cannot be read.
-    pub fn load(&self) -> Result<Vec<NetworkSpec>, Error> {
+    pub fn load(&self) -> Result<Vec<R::Spec>, Error> {
         let list = |e| failed("list", &self.directory, &e);
         let mut specs = Vec::new();
         for entry in fs::read_dir(&self.directory).map_err(list)? {
@@ -40,14 +102,21 @@ impl Store {
             if path.extension().is_none_or(|e| e != "pb") {
                 continue;
             }
-            match fs::read(&path).map(|bytes| NetworkRecord::decode(bytes.as_slice())) {
-                Ok(Ok(NetworkRecord { spec: Some(spec), .. })) => specs.push(spec),
-                Ok(Ok(_)) => tracing::error!("{} holds no network", path.display()),
-                Ok(Err(e)) => tracing::error!("{} is no network record: {e}", path.display()),
+            match fs::read(&path).map(|bytes| R::decode(bytes.as_slice())) {
+                Ok(Ok(record)) if record.version() > VERSION => tracing::error!(
+                    "{} has version {}, and this card understands up to {VERSION}: upgrade the card",
+                    path.display(),
+                    record.version()
+                ),
+                Ok(Ok(record)) => match record.spec() {
+                    Some(spec) => specs.push(spec),
+                    None => tracing::error!("{} holds no {}", path.display(), R::WHAT),
+                },
+                Ok(Err(e)) => tracing::error!("{} is no {} record: {e}", path.display(), R::WHAT),
                 Err(e) => tracing::error!("cannot read {}: {e}", path.display()),
             }
         }
-        specs.sort_by(|a, b| a.id.cmp(&b.id));
+        specs.sort_by(|a, b| R::id(a).cmp(R::id(b)));
         Ok(specs)
     }
 
@@ -55,9 +124,9 @@ impl Store {
     ///
     /// # Errors
     /// The file cannot be written.
-    pub fn save(&self, spec: &NetworkSpec) -> Result<(), Error> {
-        let record = NetworkRecord { version: VERSION, spec: Some(spec.clone()) };
-        let path = self.path(&spec.id);
+    pub fn save(&self, spec: &R::Spec) -> Result<(), Error> {
+        let record = R::new(VERSION, spec.clone());
+        let path = self.path(R::id(spec));
         replace(&path, &record.encode_to_vec()).map_err(|e| failed("write", &path, &e))
     }
 

@@ -4,7 +4,7 @@ use crate::v1::NetDrops;
 
 impl NetDrops {
     /// The counters with their names, in the order of the message.
-    pub fn by_reason(&self) -> [(&'static str, u64); 9] {
+    pub fn by_reason(&self) -> [(&'static str, u64); 13] {
         // Without `..`: a reason that is added is not forgotten here.
         let Self {
             malformed,
@@ -16,6 +16,10 @@ impl NetDrops {
             multicast,
             no_destination,
             uplink,
+            denied_out,
+            denied_in,
+            conntrack_allowance_exceeded,
+            fragment,
         } = *self;
         [
             ("malformed", malformed),
@@ -27,6 +31,10 @@ impl NetDrops {
             ("multicast", multicast),
             ("no_destination", no_destination),
             ("uplink", uplink),
+            ("denied_out", denied_out),
+            ("denied_in", denied_in),
+            ("conntrack_allowance_exceeded", conntrack_allowance_exceeded),
+            ("fragment", fragment),
         ]
     }
 }

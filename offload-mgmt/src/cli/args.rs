@@ -9,6 +9,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use clap_complete::Shell;
 use ipnet::IpNet;
 
+use super::options::security::RuleOption;
 use super::options::{DiskOption, NicOption, Size};
 
 /// Creates and manages Outboard VMs.
@@ -38,7 +39,7 @@ Exit status:
   0  done
   1  the operation failed
   2  the command line is wrong
-  3  there is no such VM or network
+  3  there is no such VM, network or security group
   4  the controller cannot be reached
 
 Examples:
@@ -83,6 +84,9 @@ pub(crate) enum Command {
     /// Networks that VMs are plugged into
     #[command(subcommand)]
     Network(NetworkCommand),
+    /// Security groups: what VMs may send and get in networks with a prefix
+    #[command(subcommand, visible_alias = "sg")]
+    SecurityGroup(SecurityGroupCommand),
     /// Cards: the processes that serve disks and networks
     #[command(subcommand)]
     Card(CardCommand),
@@ -244,7 +248,10 @@ pub(crate) struct Create {
     pub disks: Vec<DiskOption>,
     /// A network interface
     ///
-    /// NETWORK, or network=NETWORK[,mac=MAC][,address=IP]...[,id=ID][,mtu=N][,queue-pairs=N][,card=CARD].
+    /// NETWORK, or network=NETWORK[,mac=MAC][,address=IP]...[,id=ID][,mtu=N][,queue-pairs=N][,card=CARD]
+    /// [,security-group=NAME]...[,connections=N].
+    ///
+    /// With security groups it gets and sends what their rules allow, and up to N connections (65536) are tracked for it.
     #[arg(long = "nic", short, value_name = "NIC")]
     pub nics: Vec<NicOption>,
     /// Define it only
@@ -307,6 +314,83 @@ pub(crate) enum NetworkCommand {
         /// Its name
         name: String,
     },
+}
+
+/// `outboard security-group ...`
+#[derive(Debug, Subcommand)]
+pub(crate) enum SecurityGroupCommand {
+    /// Create a security group
+    ///
+    /// Rules are stateful: what answers an allowed connection is allowed. Without egress rules its VMs may open any
+    /// connection; without ingress rules none may be opened to them.
+    #[command(
+        after_help = "Examples:\n  outboard security-group create web --ingress tcp,ports=443 --ingress icmp\n  outboard security-group create db --no-egress --ingress tcp,ports=5432,from=web\n  outboard vm create a --kernel vmlinux --nic network=lan,security-group=web,security-group=db"
+    )]
+    Create {
+        /// Its name: a-z, 0-9 and '-'
+        name: String,
+        #[command(flatten)]
+        rules: Rules,
+        /// Let its VMs open no connections but by --egress
+        #[arg(long)]
+        no_egress: bool,
+        /// Name of the network card it is on [default: net, else the first network card that answers]
+        #[arg(long, value_name = "CARD")]
+        card: Option<String>,
+    },
+    /// List the security groups
+    #[command(
+        visible_alias = "list",
+        after_help = "Examples:\n  outboard security-group ls\n  outboard security-group ls -o json"
+    )]
+    Ls,
+    /// Show a security group's rules, and the devices that have it
+    #[command(after_help = "Example:\n  outboard security-group show web")]
+    Show {
+        /// Its name
+        name: String,
+    },
+    /// Add rules, at once
+    #[command(
+        after_help = "Examples:\n  outboard security-group allow web --ingress tcp,ports=8000-8080,from=10.88.0.0/24\n  outboard security-group allow web --egress udp,ports=53,to=10.88.0.1/32"
+    )]
+    Allow {
+        /// Its name
+        name: String,
+        #[command(flatten)]
+        rules: Rules,
+    },
+    /// Take rules away, at once: connections that no rule allows any more are cut
+    #[command(after_help = "Example:\n  outboard security-group revoke web --ingress tcp,ports=443")]
+    Revoke {
+        /// Its name
+        name: String,
+        #[command(flatten)]
+        rules: Rules,
+    },
+    /// Remove a security group that no VM has
+    #[command(
+        visible_aliases = ["remove", "delete"],
+        after_help = "Example:\n  outboard security-group rm web"
+    )]
+    Rm {
+        /// Its name
+        name: String,
+    },
+}
+
+/// Rules of a security group.
+#[derive(Debug, Args)]
+pub(crate) struct Rules {
+    /// Connections that may be opened to its VMs; may be given several times
+    ///
+    /// PROTOCOL[,ports=N[-N]][,from=PEER]. PROTOCOL is tcp, udp, icmp, icmpv6 or any; without ports all. PEER is a prefix
+    /// like 10.88.0.0/24, or a security group: the VMs in the same network that have it; without one, everybody.
+    #[arg(long = "ingress", value_name = "RULE")]
+    pub ingress: Vec<RuleOption>,
+    /// Connections that its VMs may open, with to=PEER; may be given several times
+    #[arg(long = "egress", value_name = "RULE")]
+    pub egress: Vec<RuleOption>,
 }
 
 /// `outboard card ...`

@@ -74,7 +74,12 @@ impl Failure {
     pub(crate) fn exit_code(&self) -> ExitCode {
         match self {
             Self::Refused(e)
-                if matches!(e.reason(), ErrorReason::VmNotFound | ErrorReason::NetworkNotFound) =>
+                if matches!(
+                    e.reason(),
+                    ErrorReason::VmNotFound
+                        | ErrorReason::NetworkNotFound
+                        | ErrorReason::SecurityGroupNotFound
+                ) =>
             {
                 ExitCode::from(3)
             }

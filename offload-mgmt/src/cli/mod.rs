@@ -18,6 +18,7 @@ mod console;
 mod failure;
 mod options;
 mod render;
+mod security;
 mod view;
 
 use args::{CardCommand, Cli, Command, Create, NetworkCommand, Output, VmCommand};
@@ -62,6 +63,7 @@ async fn run(cli: &Cli) -> Result<(), Failure> {
     match &cli.command {
         Command::Vm(command) => vm(cli, &connect().await?, command).await,
         Command::Network(command) => network(cli, &connect().await?, command).await,
+        Command::SecurityGroup(command) => security::run(cli, &connect().await?, command).await,
         Command::Card(CardCommand::Ls) => {
             let client = connect().await?;
             let mut api = client.api();

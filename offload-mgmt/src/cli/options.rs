@@ -1,5 +1,7 @@
 //! Values of options: sizes, disks, network interfaces.
 
+pub(crate) mod security;
+
 use std::fmt;
 use std::path::PathBuf;
 use std::str::FromStr;
@@ -107,7 +109,16 @@ impl FromStr for NicOption {
                 "mtu" => nic.mtu = pair.number()?,
                 "queue-pairs" => nic.queue_pairs = pair.number()?,
                 "card" => nic.card = pair.value()?,
-                _ => return Err(pair.unknown("network, id, mac, address, mtu, queue-pairs, card")),
+                "security-group" => {
+                    let groups = pair.value()?;
+                    nic.security_groups.extend(groups.split('+').map(str::to_owned));
+                }
+                "connections" => nic.max_connections = pair.number()?,
+                _ => {
+                    let known =
+                        "network, id, mac, address, mtu, queue-pairs, card, security-group, connections";
+                    return Err(pair.unknown(known));
+                }
             }
         }
         if nic.network.is_empty() {
@@ -300,6 +311,13 @@ mod tests {
                 ..NicSpec::default()
             })
         );
+        let groups = |s: &str| nic(s).map(|n| (n.security_groups.join(" "), n.max_connections));
+        assert_eq!(groups("lan,security-group=web"), Ok(("web".to_owned(), 0)));
+        assert_eq!(
+            groups("lan,security-group=web,security-group=a+b,connections=100"),
+            Ok(("web a b".to_owned(), 100))
+        );
+        assert!(nic("lan,security-group=").is_err() && nic("lan,connections=x").is_err());
         assert!(nic("mac=02:00:00:00:00:01").is_err());
         assert!(nic("default,queue_pairs=2").expect_err("unknown").contains("queue-pairs"));
     }

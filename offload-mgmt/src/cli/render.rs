@@ -10,6 +10,7 @@ use serde::Serialize;
 use super::args::Output;
 use super::failure::{BUG, Failure};
 use super::options::Size;
+use super::view::security::SecurityGroup;
 use super::view::{Card, Event, Limits, Network, Stats, Vm, What};
 
 /// Prints `text`, or `json` as one document.
@@ -98,11 +99,14 @@ pub(crate) fn vm(vm: &Vm) -> String {
         let (pci, link) = link(&n.id);
         let queues = n.queue_pairs.to_string();
         let addresses = n.addresses.join(" ");
-        vec![n.id.clone(), n.network.clone(), n.card.clone(), n.mac.clone(), addresses, queues, pci, link]
+        let groups = n.security_groups.join(" ");
+        let (id, network, card) = (n.id.clone(), n.network.clone(), n.card.clone());
+        vec![id, network, card, n.mac.clone(), addresses, groups, queues, pci, link]
     });
     if !vm.nics.is_empty() {
         text.push('\n');
-        text += &table(&["NIC", "NETWORK", "CARD", "MAC", "ADDRESSES", "PAIRS", "PCI", "LINK"], nics);
+        text +=
+            &table(&["NIC", "NETWORK", "CARD", "MAC", "ADDRESSES", "GROUPS", "PAIRS", "PCI", "LINK"], nics);
     }
     text
 }
@@ -189,7 +193,7 @@ pub(crate) fn stats(stats: &Stats) -> String {
         let told: Vec<_> =
             drops.iter().filter(|(_, n)| **n > 0).map(|(reason, n)| format!("{reason} {n}")).collect();
         if !told.is_empty() {
-            let _ = writeln!(text, "\nFrames not taken from {device}: {}", told.join(", "));
+            let _ = writeln!(text, "\nFrames not taken from or given to {device}: {}", told.join(", "));
         }
     }
     text
@@ -203,6 +207,32 @@ pub(crate) fn networks(networks: &[Network]) -> String {
         vec![n.id.clone(), prefixes, n.tap.clone(), addresses, n.mtu.to_string(), n.devices.len().to_string()]
     });
     table(&["NAME", "PREFIX", "TAP", "HOST ADDRESSES", "MTU", "DEVICES"], rows)
+}
+
+/// `outboard security-group ls`
+pub(crate) fn security_groups(groups: &[SecurityGroup]) -> String {
+    let rows = groups.iter().map(|g| {
+        let rules = |direction: &str| g.rules.iter().filter(|r| r.direction == direction).count().to_string();
+        vec![g.id.clone(), rules("ingress"), rules("egress"), g.devices.len().to_string()]
+    });
+    table(&["NAME", "INGRESS", "EGRESS", "DEVICES"], rows)
+}
+
+/// `outboard security-group show`
+pub(crate) fn security_group(group: &SecurityGroup) -> String {
+    let rows = group.rules.iter().map(|r| {
+        let ports = match (r.port_first, r.port_last) {
+            (0, _) => "all".to_owned(),
+            (first, last) if first == last => first.to_string(),
+            (first, last) => format!("{first}-{last}"),
+        };
+        vec![r.direction.clone(), r.protocol.clone(), ports, r.peer.clone()]
+    });
+    let mut text = table(&["DIRECTION", "PROTOCOL", "PORTS", "PEER"], rows);
+    if !group.devices.is_empty() {
+        let _ = writeln!(text, "\nDevices that have it: {}", group.devices.join(" "));
+    }
+    text
 }
 
 /// `outboard card ls`

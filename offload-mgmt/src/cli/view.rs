@@ -1,6 +1,8 @@
 //! What is printed as JSON: a contract of its own, apart from the messages on the wire. Names are snake_case, times are
 //! Unix time in microseconds, sizes are bytes; fields are only added.
 
+pub(crate) mod security;
+
 use std::collections::BTreeMap;
 
 use proto::v1::{self, EndReason, ImageFormat, LinkState, ResetReason, VmState, event};
@@ -105,6 +107,10 @@ pub(crate) struct Nic {
     pub queue_pairs: u32,
     /// The card that serves it.
     pub card: String,
+    /// Its security groups; none: everything that its network carries.
+    pub security_groups: Vec<String>,
+    /// Connections that are tracked for it at a time; 0: 65536.
+    pub max_connections: u32,
 }
 
 /// A device's link.
@@ -228,7 +234,7 @@ pub(crate) struct DeviceStats {
     pub operations: Vec<Operation>,
     /// Its queues.
     pub queues: Vec<QueueStats>,
-    /// Of a NIC: frames that its network did not take from it, by reason; null for other devices.
+    /// Of a NIC: frames that its network did not take from it or did not give it, by reason; null for other devices.
     pub drops: Option<BTreeMap<&'static str, u64>>,
 }
 
@@ -327,8 +333,18 @@ impl From<v1::DeviceLimits> for Limits {
 
 impl From<v1::NicSpec> for Nic {
     fn from(n: v1::NicSpec) -> Self {
-        let v1::NicSpec { id, network, mac, mtu, queue_pairs, card, addresses } = n;
-        Self { id, network, mac, addresses, mtu, queue_pairs, card }
+        let v1::NicSpec {
+            id,
+            network,
+            mac,
+            mtu,
+            queue_pairs,
+            card,
+            addresses,
+            security_groups,
+            max_connections,
+        } = n;
+        Self { id, network, mac, addresses, mtu, queue_pairs, card, security_groups, max_connections }
     }
 }
 

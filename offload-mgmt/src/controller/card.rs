@@ -5,6 +5,8 @@
 //! idempotent, so asking for what is there does no harm. A device or network that could not be deleted because its card
 //! did not answer is remembered and deleted when it does. With nothing to do, nothing is sent.
 
+mod security;
+
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
@@ -17,7 +19,7 @@ use proto::v1::storage_card_client::StorageCardClient;
 use proto::v1::{
     CardInfo, CreateDeviceRequest, CreateNetworkRequest, DeleteDeviceRequest, DeleteNetworkRequest, Device,
     DeviceLimits, DeviceSpec, DeviceStats, GetCardStatsRequest, IdentifyRequest, Network, NetworkSpec,
-    ResizeDeviceRequest, SetLimitsRequest,
+    ResizeDeviceRequest, SecurityGroupSpec, SetLimitsRequest,
 };
 use tokio::sync::{Notify, OwnedMutexGuard};
 use tonic::transport::Channel;
@@ -62,8 +64,10 @@ pub(crate) struct Card {
 #[derive(Debug, Default)]
 struct Wanted {
     networks: BTreeMap<String, NetworkSpec>,
+    security_groups: BTreeMap<String, SecurityGroupSpec>,
     devices: BTreeMap<String, DeviceSpec>,
-    /// To be deleted: devices by id, networks by [`NETWORK`] and id.
+    /// To be deleted: devices by id, networks by [`NETWORK`] and id, security groups by
+    /// [`security::GROUP`] and id.
     leftovers: BTreeSet<String>,
 }
 
@@ -378,6 +382,8 @@ impl Card {
             )
         };
         let mut refused = None;
+        // First: devices need them.
+        self.settle(self.restore_security_groups().await, &mut refused)?;
         for network in networks {
             let _alone = self.alone(&format!("{NETWORK}{}", network.id)).await;
             if self.wanted().networks.get(&network.id) == Some(&network) {
@@ -392,13 +398,18 @@ impl Card {
             }
         }
         for leftover in leftovers {
-            let _alone = self.alone(&leftover).await;
+            let what =
+                if leftover.starts_with(security::GROUP) { security::GROUP } else { leftover.as_str() };
+            let _alone = self.alone(what).await;
             if !self.wanted().leftovers.contains(&leftover) {
                 continue;
             }
-            let deleted = match leftover.strip_prefix(NETWORK) {
-                Some(network) => self.request_network_delete(network).await,
-                None => self.request_delete(&leftover).await,
+            let deleted = if let Some(network) = leftover.strip_prefix(NETWORK) {
+                self.request_network_delete(network).await
+            } else if let Some(group) = leftover.strip_prefix(security::GROUP) {
+                self.request_group_delete(group).await
+            } else {
+                self.request_delete(&leftover).await
             };
             if self.settle(deleted, &mut refused)? {
                 self.keep_leftover(&leftover, store).await?;
@@ -428,22 +439,21 @@ impl Card {
                 async move { CardClient::new(c).create_device(request).await }
             })
         };
-        let first = ask().await;
-        let lost_network = match (&first, &spec.kind) {
-            (Err(Failure::Refused(e)), Some(proto::v1::device_spec::Kind::Net(net)))
-                if e.reason() == ErrorReason::NetworkNotFound =>
-            {
-                self.wanted().networks.get(&net.network).cloned()
-            }
-            _ => None,
-        };
-        match lost_network {
-            None => first,
-            Some(network) => {
-                self.request_network(&network, false).await?;
-                ask().await
-            }
+        let mut answer = ask().await;
+        // What a card that has lost all has lost first. Once each: what is wrong otherwise stays so.
+        let lost = |answer: &Result<Device, Failure>, reason: ErrorReason| matches!(answer, Err(Failure::Refused(e)) if e.reason() == reason);
+        let Some(proto::v1::device_spec::Kind::Net(net)) = &spec.kind else { return answer };
+        if lost(&answer, ErrorReason::NetworkNotFound) {
+            let network = self.wanted().networks.get(&net.network).cloned();
+            let Some(network) = network else { return answer };
+            self.request_network(&network, false).await?;
+            answer = ask().await;
         }
+        if lost(&answer, ErrorReason::SecurityGroupNotFound) {
+            self.restore_security_groups().await?;
+            answer = ask().await;
+        }
+        answer
     }
 
     async fn request_delete(&self, id: &str) -> Result<(), Failure> {

@@ -180,6 +180,8 @@ fn net(nic: &NicSpec, vm_name: &str) -> Kind {
         addresses: nic.addresses.clone(),
         // Only where there is DHCP to tell it: in other networks nothing would come of it.
         hostname: if nic.addresses.is_empty() { String::new() } else { vm_name.to_owned() },
+        security_groups: nic.security_groups.clone(),
+        max_connections: nic.max_connections,
     })
 }
 

@@ -24,6 +24,7 @@ mod mac;
 mod network;
 mod registry;
 pub(crate) mod rpc;
+mod security_group;
 mod server;
 mod service;
 mod spec;
@@ -140,6 +141,17 @@ impl Controller {
                 Err(e) => tracing::warn!(network = spec.id, "not looked after: {e}"),
             }
             ctx.registry.adopt_network(spec, entry.card);
+        }
+        for entry in contents.security_groups.into_values() {
+            let Some(spec) = entry.spec else { continue };
+            match ctx.cards.get(&entry.card) {
+                Ok(card) => {
+                    card.want_security_group(&spec);
+                    card.look_after();
+                }
+                Err(e) => tracing::warn!(group = spec.id, "not looked after: {e}"),
+            }
+            ctx.registry.adopt_group(spec, entry.card);
         }
         for (card, device) in contents.leftovers {
             if let Ok(card) = ctx.cards.get(&card) {

@@ -1,7 +1,9 @@
-//! Which VMs and networks there are, in memory: names, tokens, MAC addresses and images, each used once.
+//! Which VMs, networks and security groups there are, in memory: names, tokens, MAC addresses and images, each used once.
 //!
 //! One lock, held for moments and never across a call, so that a name cannot be taken twice and a network cannot go
 //! while a VM is being plugged into it.
+
+mod security;
 
 use std::collections::BTreeMap;
 use std::collections::btree_map::Entry;
@@ -14,6 +16,7 @@ use tonic::Code;
 use super::addresses::Pool;
 use super::mac::Mac;
 use super::vm::Vm;
+pub(crate) use security::GroupInfo;
 
 /// A network the controller keeps.
 #[derive(Debug, Clone)]
@@ -36,6 +39,7 @@ pub(crate) struct Registry {
 struct Inner {
     vms: BTreeMap<String, Arc<Vm>>,
     networks: BTreeMap<String, NetworkInfo>,
+    groups: BTreeMap<String, GroupInfo>,
 }
 
 impl Registry {
@@ -75,7 +79,7 @@ impl Registry {
     /// every NIC's MAC and IP addresses chosen; nothing else is taken in or found while it runs.
     ///
     /// # Errors
-    /// VM_EXISTS, TOKEN_REUSED, NETWORK_NOT_FOUND, INVALID_FIELD for an address that another VM has or the network cannot
+    /// VM_EXISTS, TOKEN_REUSED, NETWORK_NOT_FOUND, SECURITY_GROUP_NOT_FOUND, INVALID_FIELD for an address that another VM has or the network cannot
     /// give.
     pub(crate) fn reserve(
         &self,
@@ -103,6 +107,7 @@ impl Registry {
                 return Err(super::spec::network_not_found(&nic.network));
             }
         }
+        inner.check_groups(&spec)?;
         inner.choose_addresses(&mut spec)?;
         let vm = make(spec);
         inner.vms.insert(vm.id.clone(), Arc::clone(&vm));

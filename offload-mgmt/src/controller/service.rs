@@ -8,10 +8,12 @@ use proto::error::Error;
 use proto::v1::controller_server::Controller as Api;
 use proto::v1::hypervisor_client::HypervisorClient;
 use proto::v1::{
-    CardStatus, ConsoleInput, ConsoleOutput, CreateNetworkRequest, CreateVmRequest, DeleteNetworkRequest,
-    DeleteNetworkResponse, DeleteVmRequest, DeleteVmResponse, Event, GetInfoRequest, GetStatsRequest,
-    GetVmRequest, ListCardsRequest, ListCardsResponse, ListNetworksRequest, ListNetworksResponse,
-    ListVmsRequest, ListVmsResponse, Network, RebootVmRequest, ResizeDiskRequest, ResizeDiskResponse,
+    CardStatus, ChangeSecurityGroupRequest, ConsoleInput, ConsoleOutput, CreateNetworkRequest,
+    CreateSecurityGroupRequest, CreateVmRequest, DeleteNetworkRequest, DeleteNetworkResponse,
+    DeleteSecurityGroupRequest, DeleteSecurityGroupResponse, DeleteVmRequest, DeleteVmResponse, Event,
+    GetInfoRequest, GetStatsRequest, GetVmRequest, ListCardsRequest, ListCardsResponse, ListNetworksRequest,
+    ListNetworksResponse, ListSecurityGroupsRequest, ListSecurityGroupsResponse, ListVmsRequest,
+    ListVmsResponse, Network, RebootVmRequest, ResizeDiskRequest, ResizeDiskResponse, SecurityGroup,
     SetDiskLimitsRequest, SlotInfo, StartVmRequest, StopVmRequest, Vm as VmMessage, VmStats,
     WatchEventsRequest,
 };
@@ -219,6 +221,41 @@ impl Api for Controller {
         _: Request<ListNetworksRequest>,
     ) -> Result<Response<ListNetworksResponse>, Status> {
         Ok(Response::new(ListNetworksResponse { networks: Self::list_networks(self) }))
+    }
+
+    async fn create_security_group(
+        &self,
+        request: Request<CreateSecurityGroupRequest>,
+    ) -> Result<Response<SecurityGroup>, Status> {
+        let this = self.clone();
+        detached(async move { Self::create_security_group(&this, request.into_inner()).await }).await
+    }
+
+    async fn change_security_group(
+        &self,
+        request: Request<ChangeSecurityGroupRequest>,
+    ) -> Result<Response<SecurityGroup>, Status> {
+        let this = self.clone();
+        detached(async move { Self::change_security_group(&this, request.into_inner()).await }).await
+    }
+
+    async fn delete_security_group(
+        &self,
+        request: Request<DeleteSecurityGroupRequest>,
+    ) -> Result<Response<DeleteSecurityGroupResponse>, Status> {
+        let this = self.clone();
+        detached(async move {
+            Self::delete_security_group(&this, &request.into_inner().id).await?;
+            Ok(DeleteSecurityGroupResponse {})
+        })
+        .await
+    }
+
+    async fn list_security_groups(
+        &self,
+        _: Request<ListSecurityGroupsRequest>,
+    ) -> Result<Response<ListSecurityGroupsResponse>, Status> {
+        Ok(Response::new(ListSecurityGroupsResponse { groups: Self::list_security_groups(self) }))
     }
 
     async fn resize_disk(

@@ -1,11 +1,14 @@
 //! What a client asked for, checked field by field and with every default filled in. Nothing here looks at the host.
 
+mod security;
+
 use std::collections::HashSet;
 
 use proto::error::Error;
 use proto::v1::{BootSource, DiskSpec, ImageFormat, NetworkSpec, NicSpec, VmSpec};
 
 use super::mac::Mac;
+pub(crate) use security::{complete_group, complete_rule};
 
 /// Guest memory comes in units of this many bytes.
 const MEMORY_UNIT: u64 = 2 << 20;
@@ -159,6 +162,7 @@ fn complete_nic(i: usize, nic: &mut NicSpec) -> Result<(), Error> {
         })?;
         *address = parsed.to_string();
     }
+    security::check_nic(i, nic)?;
     if nic.mtu != 0 {
         check_mtu(&format!("spec.nics[{i}].mtu"), nic.mtu)?;
     }

@@ -1,4 +1,4 @@
-//! The controller's memory across restarts: which VMs and networks exist, and what was being done to them.
+//! The controller's memory across restarts: which VMs, networks and security groups exist, and what was being done to them.
 //!
 //! One redb database; every change is one durable transaction. Values are protobuf messages with a version, to which
 //! later releases only add fields.
@@ -10,12 +10,13 @@ use std::sync::Arc;
 
 use prost::Message;
 use proto::error::{Error, ErrorReason};
-use proto::v1::{NetworkSpec, VmSpec};
+use proto::v1::{NetworkSpec, SecurityGroupSpec, VmSpec};
 use redb::{Database, DatabaseError, ReadableDatabase, ReadableTable, TableDefinition};
 use tonic::Code;
 
 const VMS: TableDefinition<'_, &str, &[u8]> = TableDefinition::new("vms");
 const NETWORKS: TableDefinition<'_, &str, &[u8]> = TableDefinition::new("networks");
+const SECURITY_GROUPS: TableDefinition<'_, &str, &[u8]> = TableDefinition::new("security-groups");
 // (card, id): devices and networks that could not be deleted because their card did not answer.
 const LEFTOVERS: TableDefinition<'_, (&str, &str), ()> = TableDefinition::new("leftovers");
 
@@ -89,6 +90,20 @@ pub(crate) struct NetworkEntry {
     pub card: String,
 }
 
+/// A security group and the card it is on.
+#[derive(Clone, PartialEq, prost::Message)]
+pub(crate) struct SecurityGroupEntry {
+    /// Version of this record.
+    #[prost(uint32, tag = "1")]
+    pub version: u32,
+    /// With every default filled in.
+    #[prost(message, optional, tag = "2")]
+    pub spec: Option<SecurityGroupSpec>,
+    /// Name of the network card.
+    #[prost(string, tag = "3")]
+    pub card: String,
+}
+
 /// All there is.
 #[derive(Debug, Default)]
 pub(crate) struct Contents {
@@ -96,6 +111,8 @@ pub(crate) struct Contents {
     pub vms: BTreeMap<String, VmRecord>,
     /// By id.
     pub networks: BTreeMap<String, NetworkEntry>,
+    /// By id.
+    pub security_groups: BTreeMap<String, SecurityGroupEntry>,
     /// Card and id of everything still to be deleted, as [`Card`](super::card::Card) names it.
     pub leftovers: Vec<(String, String)>,
 }
@@ -134,6 +151,7 @@ impl Store {
         let tx = self.db.begin_write()?;
         tx.open_table(VMS)?;
         tx.open_table(NETWORKS)?;
+        tx.open_table(SECURITY_GROUPS)?;
         tx.open_table(LEFTOVERS)?;
         tx.commit()?;
         Ok(())
@@ -148,9 +166,10 @@ impl Store {
         let mut contents = Contents::default();
         let read = || -> Result<_, redb::Error> {
             let tx = self.db.begin_read()?;
-            Ok((tx.open_table(VMS)?, tx.open_table(NETWORKS)?, tx.open_table(LEFTOVERS)?))
+            let groups = tx.open_table(SECURITY_GROUPS)?;
+            Ok((tx.open_table(VMS)?, tx.open_table(NETWORKS)?, groups, tx.open_table(LEFTOVERS)?))
         };
-        let (vms, networks, leftovers) = read().map_err(failed)?;
+        let (vms, networks, groups, leftovers) = read().map_err(failed)?;
         for entry in vms.iter().map_err(|e| failed(e.into()))? {
             let (id, bytes) = entry.map_err(|e| failed(e.into()))?;
             let record = VmRecord::decode(bytes.value()).map_err(|e| broken(&self.path, &e))?;
@@ -160,6 +179,11 @@ impl Store {
             let (id, bytes) = entry.map_err(|e| failed(e.into()))?;
             let record = NetworkEntry::decode(bytes.value()).map_err(|e| broken(&self.path, &e))?;
             contents.networks.insert(id.value().to_owned(), record);
+        }
+        for entry in groups.iter().map_err(|e| failed(e.into()))? {
+            let (id, bytes) = entry.map_err(|e| failed(e.into()))?;
+            let record = SecurityGroupEntry::decode(bytes.value()).map_err(|e| broken(&self.path, &e))?;
+            contents.security_groups.insert(id.value().to_owned(), record);
         }
         for entry in leftovers.iter().map_err(|e| failed(e.into()))? {
             let (key, _) = entry.map_err(|e| failed(e.into()))?;
@@ -217,6 +241,33 @@ impl Store {
         let id = id.to_owned();
         self.write(move |tx| {
             tx.open_table(NETWORKS)?.remove(id.as_str())?;
+            Ok(())
+        })
+        .await
+    }
+
+    /// Writes a security group.
+    ///
+    /// # Errors
+    /// The database cannot be written.
+    pub(crate) async fn put_security_group(&self, spec: SecurityGroupSpec, card: &str) -> Result<(), Error> {
+        let id = spec.id.clone();
+        let entry = SecurityGroupEntry { version: VERSION, spec: Some(spec), card: card.to_owned() };
+        self.write(move |tx| {
+            tx.open_table(SECURITY_GROUPS)?.insert(id.as_str(), entry.encode_to_vec().as_slice())?;
+            Ok(())
+        })
+        .await
+    }
+
+    /// Forgets a security group.
+    ///
+    /// # Errors
+    /// The database cannot be written.
+    pub(crate) async fn delete_security_group(&self, id: &str) -> Result<(), Error> {
+        let id = id.to_owned();
+        self.write(move |tx| {
+            tx.open_table(SECURITY_GROUPS)?.remove(id.as_str())?;
             Ok(())
         })
         .await
@@ -302,6 +353,11 @@ mod tests {
             .put_network(NetworkSpec { id: "default".into(), ..NetworkSpec::default() }, "net")
             .await
             .expect("put");
+        for id in ["web", "db"] {
+            let spec = SecurityGroupSpec { id: id.into(), ..SecurityGroupSpec::default() };
+            store.put_security_group(spec, "net").await.expect("put");
+        }
+        store.delete_security_group("db").await.expect("delete");
         store.put_leftover("blk", "x-disk0").await.expect("put");
         store.put_leftover("blk", "y-disk0").await.expect("put");
         store.delete_leftover("blk", "x-disk0").await.expect("delete");
@@ -311,6 +367,8 @@ mod tests {
         assert_eq!(contents.vms.keys().collect::<Vec<_>>(), ["b"]);
         assert_eq!(contents.vms["b"], VmRecord { version: VERSION, ..record("b") });
         assert_eq!(contents.networks["default"].card, "net");
+        assert_eq!(contents.security_groups.keys().collect::<Vec<_>>(), ["web"]);
+        assert_eq!(contents.security_groups["web"].card, "net");
         assert_eq!(contents.leftovers, [("blk".to_owned(), "y-disk0".to_owned())]);
     }
 

@@ -98,6 +98,57 @@ async fn a_vm_from_create_to_rm() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn security_groups_from_create_to_rm() {
+    let (setup, _) = Setup::new().await;
+    let (socket, kernel) = (setup.api_socket(), setup.kernel());
+    let group = |args: &[&'static str]| {
+        let args: Vec<_> = [&["security-group"][..], args].concat();
+        let socket = socket.clone();
+        async move { run(&socket, &args).await }
+    };
+    let created = group(&["create", "web", "--ingress", "tcp,ports=443", "--ingress", "icmp"]).await;
+    assert_eq!((created.out.as_str(), created.err.as_str()), ("web\n", ""));
+    let db = group(&["create", "db", "--no-egress", "--ingress", "tcp,ports=5432,from=web"]).await;
+    assert_eq!(db.status, 0, "{}", db.err);
+    let changed = group(&["allow", "web", "--ingress", "udp,ports=8000-8080,from=10.88.0.0/24"]).await;
+    assert!(changed.out.contains("8000-8080") && changed.out.contains("10.88.0.0/24"), "{}", changed.out);
+    assert_eq!(group(&["revoke", "web", "--ingress", "tcp,ports=443"]).await.status, 0);
+    let gone = group(&["revoke", "web", "--ingress", "tcp,ports=443"]).await;
+    assert_eq!(gone.status, 1);
+    assert!(gone.err.contains("no such rule\nhint: see which"), "{}", gone.err);
+    // The two that were given and left, and what a new group allows its devices.
+    let shown = json(&group(&["show", "web", "-o", "json"]).await);
+    let rules: Vec<_> = shown["rules"]
+        .as_array()
+        .expect("rules")
+        .iter()
+        .map(|r| format!("{} {} {} {}", r["direction"], r["protocol"], r["port_first"], r["peer"]))
+        .collect();
+    assert_eq!(
+        rules,
+        [
+            r#""ingress" "icmp" 0 "0.0.0.0/0""#,
+            r#""egress" "any" 0 "0.0.0.0/0""#,
+            r#""egress" "any" 0 "::/0""#,
+            r#""ingress" "udp" 8000 "10.88.0.0/24""#
+        ]
+    );
+    let nic = "network=default,security-group=web,connections=100";
+    let vm = run(&socket, &["vm", "create", "a", "--kernel", &kernel, "--nic", nic]).await;
+    assert_eq!(vm.status, 0, "{}", vm.err);
+    let vm = json(&run(&socket, &["vm", "show", "a", "-o", "json"]).await);
+    assert_eq!(vm["nics"][0]["security_groups"], serde_json::json!(["web"]));
+    let list = group(&["ls"]).await.out;
+    assert!(list.contains("INGRESS") && list.lines().count() == 3, "{list}");
+    let busy = group(&["rm", "web"]).await;
+    assert!(busy.status == 1 && busy.err.contains("VMs a have it\nhint: remove these"), "{}", busy.err);
+    assert_eq!(group(&["rm", "db"]).await.out, "db is removed\n");
+    assert_eq!(group(&["show", "db"]).await.status, 3);
+    assert_eq!(group(&["allow", "web"]).await.status, 1);
+    assert_eq!(group(&["allow", "web", "--ingress", "sctp"]).await.status, 2);
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn exit_statuses_tell_failures_apart() {
     let (setup, _) = Setup::new().await;
     let socket = setup.api_socket();

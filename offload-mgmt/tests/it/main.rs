@@ -7,4 +7,5 @@ mod daemon;
 mod life;
 mod limits;
 mod restart;
+mod security;
 mod support;

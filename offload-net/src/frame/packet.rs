@@ -18,7 +18,8 @@ pub const TYPE_IPV6: u16 = 0x86dd;
 pub const UDP: u8 = 17;
 /// IP protocol number of ICMPv6.
 pub const ICMPV6: u8 = 58;
-const TCP: u8 = 6;
+/// IP protocol number of TCP.
+pub const TCP: u8 = 6;
 
 const IPV4_HEADER: usize = 20;
 const IPV6_HEADER: usize = 40;
@@ -67,6 +68,17 @@ pub struct Ports {
     pub destination: u16,
 }
 
+/// A part of a packet that was sent in several.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Part {
+    /// The same in all parts of a packet.
+    pub id: u32,
+    /// Where it begins in the packet's payload, in bytes; 0: it is the first.
+    pub offset: u16,
+    /// Its bytes of the payload.
+    pub len: u16,
+}
+
 /// An IPv4 packet (RFC 791).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct V4 {
@@ -74,10 +86,14 @@ pub struct V4 {
     pub source: Ipv4Addr,
     /// To.
     pub destination: Ipv4Addr,
+    /// What it carries.
+    pub protocol: u8,
     /// It is UDP, and not a fragment behind the first.
     pub udp: Option<Ports>,
     /// A fragment of a packet, the first or another.
     pub fragment: bool,
+    /// Which, if it is one.
+    pub part: Option<Part>,
     /// Where the transport header begins in the frame.
     pub l4: usize,
     /// Where the packet ends in the frame.
@@ -99,6 +115,8 @@ pub struct V6 {
     pub udp: Option<Ports>,
     /// A fragment of a packet, the first or another.
     pub fragment: bool,
+    /// Which, if it is one.
+    pub part: Option<Part>,
     /// Where the upper layer's header begins in the frame.
     pub l4: usize,
     /// Where the packet ends in the frame.
@@ -163,7 +181,13 @@ fn v4(head: &[u8], bytes: usize) -> Option<V4> {
     }
     let udp = if first && protocol == UDP { Some(ports(head, l4)?) } else { None };
     let [.., a, b, c, d, e, f, g, h] = ip;
-    Some(V4 { source: [a, b, c, d].into(), destination: [e, f, g, h].into(), udp, fragment, l4, end })
+    let part = fragment.then(|| Part {
+        id: u16::from_be_bytes([ip[4], ip[5]]).into(),
+        offset: (flags & 0x1fff).saturating_mul(8),
+        len: (end - l4) as u16,
+    });
+    let (source, destination) = ([a, b, c, d].into(), [e, f, g, h].into());
+    Some(V4 { source, destination, protocol, udp, fragment, part, l4, end })
 }
 
 fn v6(head: &[u8], bytes: usize) -> Option<V6> {
@@ -175,6 +199,7 @@ fn v6(head: &[u8], bytes: usize) -> Option<V6> {
     }
     let mut next = ip[6];
     let mut fragment = false;
+    let mut part = None;
     // Each round goes at least 8 bytes on, so the end of `head` ends the loop.
     let protocol = loop {
         let length = |at: usize| head.get(at + 1).map(|l| usize::from(*l));
@@ -196,7 +221,10 @@ fn v6(head: &[u8], bytes: usize) -> Option<V6> {
                 let offset = u16_at(head, l4 + 2)?;
                 fragment = true;
                 next = *head.get(l4)?;
+                let id = u32::from_be_bytes(array_at(head, l4 + 4)?);
                 l4 += 8;
+                let len = end.checked_sub(l4)? as u16;
+                part = Some(Part { id, offset: offset & 0xfff8, len });
                 if offset & 0xfff8 != 0 {
                     break None;
                 }
@@ -218,6 +246,7 @@ fn v6(head: &[u8], bytes: usize) -> Option<V6> {
         protocol,
         udp,
         fragment,
+        part,
         l4,
         end,
     })
@@ -280,6 +309,7 @@ mod tests {
     fn later_fragments_have_no_ports() {
         let Ok(Packet::V4(p)) = udp4(|f| f[21] = 1) else { panic!() };
         assert_eq!((p.udp, p.fragment), (None, true));
+        assert_eq!(p.part, Some(Part { id: 1, offset: 8, len: 16 }));
     }
 
     fn v6_frame(next: u8, body: &[u8]) -> Vec<u8> {
@@ -313,6 +343,10 @@ mod tests {
         assert_eq!((first.udp, first.fragment), (ports, true));
         let second = behind(&[17, 0, 0, 9, 0, 0, 0, 0], 44).unwrap();
         assert_eq!((second.udp, second.protocol, second.fragment), (None, None, true));
+        assert_eq!(
+            (first.part, second.part),
+            (Some(Part { id: 0, offset: 0, len: 8 }), Some(Part { id: 0, offset: 8, len: 8 }))
+        );
         // Out of what can be seen.
         assert_eq!(behind(&[17, 255, 1, 4, 0, 0, 0, 0], 0), None);
     }

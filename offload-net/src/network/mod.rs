@@ -18,8 +18,10 @@ use offload_card::ring::{Ring, RingState};
 use proto::error::{Error, ErrorReason};
 use tonic::Code;
 
+use crate::conntrack::Filter;
 use crate::drops::Drops;
 use crate::mac::MacAddr;
+use crate::security::rules::Rules;
 use crate::subnet::{Interface, Subnet};
 use crate::switch::PortId;
 use uplink::Uplink;
@@ -74,8 +76,20 @@ impl Network {
     /// # Errors
     /// An address is another device's.
     pub fn plug(&self, interface: Interface) -> Result<(PortId, Arc<Drops>), Error> {
+        self.plug_behind(interface, None)
+    }
+
+    /// The same with a filter, which decides what goes to the device and comes from it.
+    ///
+    /// # Errors
+    /// An address is another device's.
+    pub fn plug_behind(
+        &self,
+        interface: Interface,
+        filter: Option<Box<Filter>>,
+    ) -> Result<(PortId, Arc<Drops>), Error> {
         let deadline = Instant::now() + PATIENCE;
-        match self.ask(|reply| Task::Plug(interface, reply), deadline) {
+        match self.ask(|reply| Task::Plug(interface, filter, reply), deadline) {
             Some(Ok(plugged)) => Ok(plugged),
             Some(Err(Taken::Mac(mac))) => Err(mac_taken(mac)),
             Some(Err(Taken::Address(address))) => Err(address_taken(address)),
@@ -86,6 +100,15 @@ impl Network {
     /// Unplugs a device whose queues have been stopped.
     pub fn unplug(&self, port: PortId) {
         self.tell(Task::Unplug(port));
+    }
+
+    /// Gives a device's filter other rules. They hold when this returns.
+    ///
+    /// # Errors
+    /// The network's thread does not answer.
+    pub fn set_rules(&self, port: PortId, rules: Arc<Rules>) -> Result<(), Error> {
+        let deadline = Instant::now() + PATIENCE;
+        self.ask(|reply| Task::SetRules(port, rules, reply), deadline).ok_or_else(no_answer)
     }
 
     /// Gives a queue of a device to the network's thread.

@@ -4,6 +4,8 @@
 //! a stalled device could hold. A turn takes at most [`BUDGET`] frames or [`BUDGET_BYTES`] from each source, so that a
 //! flood from one leaves the others their share.
 
+mod security;
+
 use std::io::ErrorKind;
 use std::net::IpAddr;
 use std::sync::Arc;
@@ -20,6 +22,7 @@ use super::rx::RxQueue;
 use super::tx::{self, TxHead, TxQueue};
 use super::uplink::Uplink;
 use super::{RX, TX};
+use crate::conntrack::Filter;
 use crate::drops::{DropReason, Drops};
 use crate::frame::header::{LEN, VnetHeader};
 use crate::frame::offload::{self, Allowed, Offloads};
@@ -27,6 +30,7 @@ use crate::frame::{Bytes, FRAME_MAX, Frame, HEAD_MAX, Memory};
 use crate::guard::{Question, Verdict};
 use crate::host::tap::Tap;
 use crate::mac::MacAddr;
+use crate::security::rules::{Members, Rules};
 use crate::subnet::{Interface, Subnet};
 use crate::switch::{Egress, Ingress, PortId, Switch};
 
@@ -49,10 +53,12 @@ const DESCRIPTOR_BYTES: usize = 128;
 /// What the network's thread is asked to do.
 #[derive(Debug)]
 pub(super) enum Task {
-    /// Plug in a device that speaks as this interface.
-    Plug(Interface, SyncSender<Result<(PortId, Arc<Drops>), Taken>>),
+    /// Plug in a device that speaks as this interface, behind a filter if it has security groups.
+    Plug(Interface, Option<Box<Filter>>, SyncSender<Result<(PortId, Arc<Drops>), Taken>>),
     /// Unplug it. Its queues have been stopped.
     Unplug(PortId),
+    /// Other rules for a device with security groups.
+    SetRules(PortId, Arc<Rules>, SyncSender<()>),
     /// A queue of a device starts.
     Start(PortId, Box<Ring>, SyncSender<Result<(), Error>>),
     /// A queue of a device stops, if it was started.
@@ -71,6 +77,8 @@ pub(super) enum Taken {
 /// A device in the network.
 struct Port {
     interface: Interface,
+    /// `None`: it has no security groups.
+    filter: Option<Box<Filter>>,
     drops: Arc<Drops>,
     rx: Option<RxQueue>,
     tx: Option<TxQueue>,
@@ -86,6 +94,8 @@ pub(super) struct Worker {
     switch: Switch,
     /// `None`: a plain switch.
     addressed: Option<Addressed>,
+    /// Who has which security groups.
+    members: Members,
     ports: Vec<Option<Port>>,
     /// Ports whose transmit queue is looked at in every turn, and need not kick.
     active: Vec<PortId>,
@@ -120,6 +130,7 @@ impl Worker {
             uplink,
             switch: Switch::default(),
             addressed: subnet.map(Addressed::new),
+            members: Members::default(),
             ports: Vec::new(),
             active: Vec::new(),
             pacer: Pacer::new(policy),
@@ -221,14 +232,21 @@ impl Worker {
     /// Whoever asked and has stopped waiting for the answer does not need it.
     fn perform(&mut self, task: Task) {
         match task {
-            Task::Plug(interface, reply) => {
-                let _ = reply.send(self.plug(interface));
+            Task::Plug(interface, filter, reply) => {
+                let _ = reply.send(self.plug(interface, filter));
+            }
+            Task::SetRules(id, rules, reply) => {
+                self.set_rules(id, rules);
+                let _ = reply.send(());
             }
             Task::Unplug(id) => {
                 if let Some(port) = self.ports.get_mut(id.0).and_then(Option::take) {
                     self.switch.remove(port.interface.mac);
                     if let Some(addressed) = &mut self.addressed {
                         addressed.remove(&port.interface);
+                    }
+                    if port.filter.is_some() {
+                        self.members.remove(&port.interface);
                     }
                     self.forget(id);
                 }
@@ -246,7 +264,11 @@ impl Worker {
         }
     }
 
-    fn plug(&mut self, interface: Interface) -> Result<(PortId, Arc<Drops>), Taken> {
+    fn plug(
+        &mut self,
+        interface: Interface,
+        filter: Option<Box<Filter>>,
+    ) -> Result<(PortId, Arc<Drops>), Taken> {
         let free = self.ports.iter().position(Option::is_none).unwrap_or(self.ports.len());
         let id = PortId(free);
         if !self.switch.insert(interface.mac, id) {
@@ -258,8 +280,11 @@ impl Worker {
             self.switch.remove(interface.mac);
             return Err(Taken::Address(taken));
         }
+        if let Some(filter) = &filter {
+            self.members.insert(&interface, filter.groups());
+        }
         let drops = Arc::<Drops>::default();
-        let port = Some(Port { interface, drops: drops.clone(), rx: None, tx: None });
+        let port = Some(Port { interface, filter, drops: drops.clone(), rx: None, tx: None });
         match self.ports.get_mut(free) {
             Some(slot) => *slot = port,
             None => self.ports.push(port),
@@ -430,6 +455,9 @@ impl Worker {
                 }
             }
         };
+        if !self.admit(frame, from, egress)? {
+            return Ok(());
+        }
         match egress {
             Egress::Port(to) => {
                 self.deliver(frame, to);

@@ -13,6 +13,7 @@ use std::time::Duration;
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use offload_card::memory::MemoryTable;
 use offload_card::ring::{InflightArea, QueueShared, Ring, RingConfig};
+use offload_net::conntrack::Filter;
 use offload_net::drops::Drops;
 use offload_net::frame::header::{LEN, VnetHeader};
 use offload_net::mac::MacAddr;
@@ -122,7 +123,17 @@ impl Guest {
 
     /// The same with addresses; also what the network does not take from it.
     pub fn plug_as(&self, network: &Network, interface: Interface) -> (PortId, Arc<Drops>) {
-        let (port, drops) = network.plug(interface).unwrap();
+        self.plug_behind(network, interface, None)
+    }
+
+    /// The same behind a filter.
+    pub fn plug_behind(
+        &self,
+        network: &Network,
+        interface: Interface,
+        filter: Option<Box<Filter>>,
+    ) -> (PortId, Arc<Drops>) {
+        let (port, drops) = network.plug_behind(interface, filter).unwrap();
         for ring in self.rings(None) {
             network.start_queue(port, ring).unwrap();
         }

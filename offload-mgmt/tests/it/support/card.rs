@@ -14,6 +14,11 @@ use proto::v1::{
     GetCardStatsRequest, IdentifyRequest, ListDevicesRequest, ListDevicesResponse, ListNetworksRequest,
     ListNetworksResponse, Network, NetworkSpec, SetLimitsRequest, device_spec::Kind,
 };
+use proto::v1::{
+    DeleteSecurityGroupRequest, DeleteSecurityGroupResponse, ListSecurityGroupsRequest,
+    ListSecurityGroupsResponse, SecurityGroupSpec, SetSecurityGroupsRequest, SetSecurityGroupsResponse,
+    security_group_rule::Peer,
+};
 use tokio::net::UnixListener;
 use tokio::runtime::Runtime;
 use tokio::sync::watch;
@@ -25,6 +30,7 @@ use tonic::{Code, Request, Response, Status};
 pub(crate) struct State {
     pub devices: BTreeMap<String, DeviceSpec>,
     pub networks: BTreeMap<String, NetworkSpec>,
+    pub groups: BTreeMap<String, SecurityGroupSpec>,
     /// CreateDevice fails for devices whose id ends so.
     pub refuse: BTreeSet<String>,
     /// So does validation.
@@ -151,6 +157,11 @@ fn refused(what: &str) -> Status {
         .into()
 }
 
+fn no_group(id: &str) -> Status {
+    let e = Error::new(Code::NotFound, ErrorReason::SecurityGroupNotFound, format!("no group {id} here"));
+    e.remedy("ask the test").into()
+}
+
 #[tonic::async_trait]
 impl Card for Service {
     async fn identify(&self, _: Request<IdentifyRequest>) -> Result<Response<CardInfo>, Status> {
@@ -172,6 +183,11 @@ impl Card for Service {
         {
             let e = Error::new(Code::NotFound, ErrorReason::NetworkNotFound, "no such network here");
             return Err(e.into());
+        }
+        if let Some(Kind::Net(net)) = &spec.kind
+            && let Some(group) = net.security_groups.iter().find(|g| !state.groups.contains_key(*g))
+        {
+            return Err(no_group(group));
         }
         let hit = |set: &BTreeSet<String>| set.iter().any(|end| spec.id.ends_with(end));
         if hit(&state.refuse_validation) || (!request.validate_only && hit(&state.refuse)) {
@@ -269,5 +285,53 @@ impl NetworkCard for Service {
         _: Request<ListNetworksRequest>,
     ) -> Result<Response<ListNetworksResponse>, Status> {
         Ok(Response::new(ListNetworksResponse::default()))
+    }
+
+    async fn set_security_groups(
+        &self,
+        request: Request<SetSecurityGroupsRequest>,
+    ) -> Result<Response<SetSecurityGroupsResponse>, Status> {
+        let request = request.into_inner();
+        if request.validate_only {
+            self.delay().await;
+        } else {
+            self.before_change().await;
+        }
+        let mut state = self.state.lock().expect("state");
+        let set = if request.validate_only { &state.refuse_validation } else { &state.refuse };
+        if let Some(refuse) = request.groups.iter().find(|g| set.contains(&g.id)) {
+            return Err(refused(&refuse.id));
+        }
+        for peer in request.groups.iter().flat_map(|g| &g.rules).filter_map(|r| r.peer.as_ref()) {
+            if let Peer::Group(id) = peer
+                && !state.groups.contains_key(id)
+                && !request.groups.iter().any(|g| g.id == *id)
+            {
+                return Err(no_group(id));
+            }
+        }
+        if !request.validate_only {
+            state.groups.extend(request.groups.into_iter().map(|g| (g.id.clone(), g)));
+        }
+        Ok(Response::new(SetSecurityGroupsResponse {}))
+    }
+
+    async fn delete_security_group(
+        &self,
+        request: Request<DeleteSecurityGroupRequest>,
+    ) -> Result<Response<DeleteSecurityGroupResponse>, Status> {
+        self.before_change().await;
+        let id = request.into_inner().id;
+        match self.state.lock().expect("state").groups.remove(&id) {
+            Some(_) => Ok(Response::new(DeleteSecurityGroupResponse {})),
+            None => Err(no_group(&id)),
+        }
+    }
+
+    async fn list_security_groups(
+        &self,
+        _: Request<ListSecurityGroupsRequest>,
+    ) -> Result<Response<ListSecurityGroupsResponse>, Status> {
+        Ok(Response::new(ListSecurityGroupsResponse::default()))
     }
 }
