@@ -9,6 +9,7 @@
 use std::sync::Arc;
 use std::time::Instant;
 
+use offload_card::qos::NetLimits;
 use offload_card::ring::{Ring, RingState};
 use offload_card::{Busy, Device, Identity};
 use proto::error::Error;
@@ -23,6 +24,7 @@ use virtio_bindings::virtio_net::{
 use crate::drops::Drops;
 use crate::mac::MacAddr;
 use crate::network::Network;
+use crate::network::allowance::Exceeded;
 use crate::subnet::{Interface, Subnet};
 use crate::switch::PortId;
 
@@ -125,6 +127,7 @@ pub struct NetDevice {
     network: Arc<Network>,
     port: PortId,
     drops: Arc<Drops>,
+    exceeded: Arc<Exceeded>,
 }
 
 impl NetDevice {
@@ -134,7 +137,13 @@ impl NetDevice {
     /// An address is taken.
     pub fn plug(settings: &Settings, network: Arc<Network>) -> Result<Self, Error> {
         let (port, drops) = network.plug(settings.interface.clone())?;
-        Ok(Self { identity: settings.identity(), config: settings.config(), network, port, drops })
+        let (identity, config) = (settings.identity(), settings.config());
+        Ok(Self { identity, config, network, port, drops, exceeded: Arc::default() })
+    }
+
+    /// Its place in its network.
+    pub fn port(&self) -> PortId {
+        self.port
     }
 }
 
@@ -167,8 +176,14 @@ impl Device for NetDevice {
 
     fn reset(&self) {}
 
+    fn set_net_limits(&self, limits: NetLimits) -> Result<(), Error> {
+        self.network.limit(self.port, limits, self.exceeded.clone());
+        Ok(())
+    }
+
     fn add_stats(&self, stats: &mut DeviceStats) {
         stats.drops = Some(self.drops.message());
+        stats.allowances = Some(self.exceeded.message());
     }
 
     fn close(&self) {

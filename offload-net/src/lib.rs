@@ -11,7 +11,8 @@
 //! - [`switch`]: where a frame goes: the control plane's table, no learning, no spoofing;
 //! - [`subnet`], [`guard`], [`answer`]: networks with a prefix: who has which address, what a guest may send, and what the
 //!   card answers itself; [`drops`] counts what goes nowhere;
-//! - [`network`]: a network's thread and its queues;
+//! - [`network`]: a network's thread and its queues; [`network::allowance`]: what limits do there;
+//! - [`capture`]: copies of a device's frames as a pcapng file;
 //! - [`host`]: TAP interfaces;
 //! - [`device`]: the virtio-net device;
 //! - [`registry`], [`store`], [`service`]: the networks of a card, kept across its restarts, and the gRPC service.
@@ -22,6 +23,7 @@
 //! counted, and neither concerns another device.
 
 pub mod answer;
+pub mod capture;
 pub mod device;
 pub mod drops;
 pub mod frame;

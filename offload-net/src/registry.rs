@@ -8,12 +8,14 @@ use std::time::Instant;
 
 use offload_card::device::not_limited;
 use offload_card::poll::PollPolicy;
+use offload_card::qos::NetLimits;
 use offload_card::{ConfigNotifier, Device, DeviceFactory, Identity};
 use proto::error::{Error, ErrorReason};
 use proto::v1::device_spec::Kind;
 use proto::v1::{DeviceSpec, DeviceStats, NetDeviceSpec, NetworkSpec};
 use tonic::Code;
 
+use crate::capture::{self, Source, Wanted};
 use crate::device::{MTU_MAX, MTU_MIN, NetDevice, Settings};
 use crate::host::netlink::Prefix;
 use crate::host::tap;
@@ -21,6 +23,7 @@ use crate::network::uplink::{Uplink, UplinkSpec};
 use crate::network::{Network, address_taken, mac_taken};
 use crate::store::Store;
 use crate::subnet::{Interface, Subnet};
+use crate::switch::PortId;
 
 const DEFAULT_MTU: u32 = 1500;
 const ID_MAX: usize = 32;
@@ -53,6 +56,7 @@ struct Entry {
 #[derive(Debug)]
 struct Plug {
     interface: Interface,
+    port: PortId,
     /// Which device it is of those that had this id.
     number: u64,
 }
@@ -182,6 +186,24 @@ impl Networks {
         self.lock().values().map(|n| (n.spec.clone(), n.devices.keys().cloned().collect())).collect()
     }
 
+    /// Begins to capture a device's frames.
+    ///
+    /// # Errors
+    /// No such device, or it has enough captures.
+    pub fn capture(&self, device: &str, wanted: Wanted) -> Result<Source, Error> {
+        let networks = self.lock();
+        let found = networks.values().find_map(|n| Some((n.network.as_ref()?, n.devices.get(device)?.port)));
+        let Some((network, port)) = found else {
+            let what = format!("there is no device {device:?} on this card");
+            return Err(Error::new(Code::NotFound, ErrorReason::DeviceNotFound, what)
+                .resource(device)
+                .remedy("list the card's devices for what there is"));
+        };
+        let (sink, source) = capture::new(device, wanted, network);
+        network.capture(port, sink).map_err(|e| e.resource(device))?;
+        Ok(source)
+    }
+
     fn lock(&self) -> MutexGuard<'_, BTreeMap<String, Entry>> {
         self.0.networks.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -215,7 +237,8 @@ impl DeviceFactory for Networks {
         let settings = entry.settings(net)?;
         let device = NetDevice::plug(&settings, entry.network(self.0.policy)?.clone())?;
         let number = self.0.made.fetch_add(1, Ordering::Relaxed);
-        entry.devices.insert(spec.id.clone(), Plug { interface: settings.interface, number });
+        let plug = Plug { interface: settings.interface, port: device.port(), number };
+        entry.devices.insert(spec.id.clone(), plug);
         let member =
             Member { networks: self.clone(), network: net.network.clone(), id: spec.id.clone(), number };
         Ok(Arc::new(Plugged { device, member }))
@@ -250,6 +273,10 @@ impl Device for Plugged {
 
     fn start_queue(&self, ring: offload_card::Ring) -> Result<(), Error> {
         self.device.start_queue(ring)
+    }
+
+    fn set_net_limits(&self, limits: NetLimits) -> Result<(), Error> {
+        self.device.set_net_limits(limits)
     }
 
     fn stop_queue(
@@ -379,7 +406,7 @@ mod tests {
             mac: vec![2, 0, 0, 0, 0, last],
             ..Default::default()
         };
-        DeviceSpec { id: id.to_owned(), kind: Some(Kind::Net(net)), limits: None }
+        DeviceSpec { id: id.to_owned(), kind: Some(Kind::Net(net)), limits: None, net_limits: None }
     }
 
     #[test]
@@ -481,6 +508,10 @@ mod tests {
         let networks = Networks::open(dir.path().join("networks"), PollPolicy::default()).unwrap();
         let e = networks.validate(&device("d", "nowhere", 1)).unwrap_err();
         assert_eq!(e.reason(), ErrorReason::NetworkNotFound);
-        assert!(networks.validate(&DeviceSpec { id: "d".to_owned(), kind: None, limits: None }).is_err());
+        assert!(
+            networks
+                .validate(&DeviceSpec { id: "d".to_owned(), kind: None, limits: None, net_limits: None })
+                .is_err()
+        );
     }
 }

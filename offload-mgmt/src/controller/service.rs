@@ -8,12 +8,12 @@ use proto::error::Error;
 use proto::v1::controller_server::Controller as Api;
 use proto::v1::hypervisor_client::HypervisorClient;
 use proto::v1::{
-    CardStatus, ConsoleInput, ConsoleOutput, CreateNetworkRequest, CreateVmRequest, DeleteNetworkRequest,
-    DeleteNetworkResponse, DeleteVmRequest, DeleteVmResponse, Event, GetInfoRequest, GetStatsRequest,
-    GetVmRequest, ListCardsRequest, ListCardsResponse, ListNetworksRequest, ListNetworksResponse,
-    ListVmsRequest, ListVmsResponse, Network, RebootVmRequest, ResizeDiskRequest, ResizeDiskResponse,
-    SetDiskLimitsRequest, SlotInfo, StartVmRequest, StopVmRequest, Vm as VmMessage, VmStats,
-    WatchEventsRequest,
+    CaptureNicRequest, CapturePart, CardStatus, ConsoleInput, ConsoleOutput, CreateNetworkRequest,
+    CreateVmRequest, DeleteNetworkRequest, DeleteNetworkResponse, DeleteVmRequest, DeleteVmResponse, Event,
+    GetInfoRequest, GetStatsRequest, GetVmRequest, ListCardsRequest, ListCardsResponse, ListNetworksRequest,
+    ListNetworksResponse, ListVmsRequest, ListVmsResponse, Network, RebootVmRequest, ResizeDiskRequest,
+    ResizeDiskResponse, SetDiskLimitsRequest, SetNicLimitsRequest, SlotInfo, StartVmRequest, StopVmRequest,
+    Vm as VmMessage, VmStats, WatchEventsRequest,
 };
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming};
@@ -161,6 +161,19 @@ impl Api for Controller {
         .await
     }
 
+    async fn set_nic_limits(
+        &self,
+        request: Request<SetNicLimitsRequest>,
+    ) -> Result<Response<VmMessage>, Status> {
+        let SetNicLimitsRequest { vm, nic, limits } = request.into_inner();
+        let (this, vm) = (self.clone(), self.find(&vm)?);
+        detached(async move {
+            vm.set_nic_limits(&nic, limits.filter(|l| !l.is_none())).await?;
+            Ok(this.shown(&vm).await)
+        })
+        .await
+    }
+
     async fn delete_vm(
         &self,
         request: Request<DeleteVmRequest>,
@@ -183,6 +196,15 @@ impl Api for Controller {
         let vm = request.into_inner().vm;
         let id = if vm.is_empty() { None } else { Some(self.find(&vm)?.id.clone()) };
         Ok(Response::new(ReceiverStream::new(self.ctx.events.watch(id))))
+    }
+
+    type CaptureNicStream = ReceiverStream<Result<CapturePart, Status>>;
+
+    async fn capture_nic(
+        &self,
+        request: Request<CaptureNicRequest>,
+    ) -> Result<Response<Self::CaptureNicStream>, Status> {
+        Ok(Response::new(self.open_capture(request.into_inner()).await?))
     }
 
     type ConsoleStream = ReceiverStream<Result<ConsoleOutput, Status>>;
