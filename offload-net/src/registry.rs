@@ -17,6 +17,7 @@ use tonic::Code;
 
 use crate::capture::{self, Source, Wanted};
 use crate::device::{MTU_MAX, MTU_MIN, NetDevice, Settings};
+use crate::host::nat::{self, Nat};
 use crate::host::netlink::Prefix;
 use crate::host::tap;
 use crate::network::uplink::{Uplink, UplinkSpec};
@@ -87,6 +88,7 @@ struct Checked {
     mtu: u32,
     subnet: Option<Subnet>,
     uplink: Option<UplinkSpec>,
+    nat: Option<Nat>,
 }
 
 impl Networks {
@@ -122,6 +124,10 @@ impl Networks {
         if let Some(existing) = networks.get_mut(&spec.id) {
             if existing.spec == *spec {
                 existing.network(self.0.policy)?;
+                // Somebody may have cleared the host's rules.
+                if let Some(nat) = checked.nat {
+                    nat.install()?;
+                }
                 return Ok(existing.devices.keys().cloned().collect());
             }
             return Err(Error::new(
@@ -141,7 +147,20 @@ impl Networks {
         }
         // Written first: a card killed from here on makes the TAP again, and DeleteNetwork finds it.
         self.0.store.save(spec)?;
-        match start(&spec.id, checked, self.0.policy) {
+        let nat = checked.nat.clone();
+        let started = start(&spec.id, checked, self.0.policy).and_then(|network| {
+            match nat.as_ref().map_or(Ok(()), Nat::install) {
+                Ok(()) => Ok(network),
+                Err(e) => {
+                    if let Err(e) = network.remove_uplink() {
+                        tracing::warn!("{e}");
+                    }
+                    remove_nat(spec, &taps(&networks));
+                    Err(e)
+                }
+            }
+        });
+        match started {
             Ok(network) => {
                 networks.insert(spec.id.clone(), Entry::new(spec.clone(), Some(network)));
                 tracing::info!(network = spec.id, tap = spec.tap, "network created");
@@ -176,7 +195,9 @@ impl Networks {
             None => remove_left_over(&entry.spec)?,
         }
         self.0.store.remove(id)?;
-        networks.remove(id);
+        if let Some(entry) = networks.remove(id) {
+            remove_nat(&entry.spec, &taps(&networks));
+        }
         tracing::info!(network = id, "network deleted");
         Ok(())
     }
@@ -340,7 +361,12 @@ fn check(spec: &NetworkSpec) -> Result<Checked, Error> {
             )
             .remedy("name a TAP, or leave the addresses out"));
         }
-        return Ok(Checked { mtu, subnet, uplink: None });
+        if spec.nat {
+            return Err(
+                Error::invalid_field("nat", "a network without a TAP has no NAT").remedy("name a TAP")
+            );
+        }
+        return Ok(Checked { mtu, subnet, uplink: None, nat: None });
     }
     tap::check_name(&spec.tap).map_err(|e| Error::invalid_field("tap", e))?;
     for gateway in subnet.iter().flat_map(Subnet::gateways) {
@@ -348,8 +374,32 @@ fn check(spec: &NetworkSpec) -> Result<Checked, Error> {
             addresses.push(gateway);
         }
     }
+    let nat = match &subnet {
+        _ if !spec.nat => None,
+        Some(subnet) => Some(Nat::new(&spec.id, &spec.tap, subnet, &addresses)),
+        None => {
+            return Err(Error::invalid_field("nat", "a network without ipv4_prefix has no NAT")
+                .remedy("give the network an IPv4 prefix, e.g. 10.88.0.0/24"));
+        }
+    };
     let mac = subnet.as_ref().map(|s| s.gateway_mac);
-    Ok(Checked { mtu, subnet, uplink: Some(UplinkSpec { tap: spec.tap.clone(), mtu, addresses, mac }) })
+    let uplink = UplinkSpec { tap: spec.tap.clone(), mtu, addresses, mac, nat: spec.nat };
+    Ok(Checked { mtu, subnet, uplink: Some(uplink), nat })
+}
+
+/// The TAPs of these networks.
+fn taps(networks: &BTreeMap<String, Entry>) -> Vec<String> {
+    networks.values().map(|n| n.spec.tap.clone()).filter(|tap| !tap.is_empty()).collect()
+}
+
+/// Undoes a network's NAT. That it cannot be undone does not keep a network from being deleted: its TAP is gone, so the rules
+/// do nothing.
+fn remove_nat(spec: &NetworkSpec, taps: &[String]) {
+    if spec.nat
+        && let Err(e) = nat::remove(&spec.id, taps)
+    {
+        tracing::error!(network = spec.id, "NAT rules are left on the host: {e}");
+    }
 }
 
 /// A new network: the TAP must be there, or there is no network.
@@ -367,6 +417,14 @@ fn start(id: &str, checked: Checked, policy: PollPolicy) -> Result<Network, Erro
 /// A network from before: it is there, with or without the TAP.
 fn restart(spec: &NetworkSpec, policy: PollPolicy) -> Result<Network, Error> {
     let checked = check(spec)?;
+    if let Some(nat) = &checked.nat
+        && let Err(e) = nat.install()
+    {
+        tracing::error!(
+            network = spec.id,
+            "{e}; the network is there without NAT until it is created once more"
+        );
+    }
     let uplink = match checked.uplink {
         Some(spec) => match spec.open() {
             Ok(tap) => Uplink::Up(spec, tap),
@@ -492,6 +550,8 @@ mod tests {
             tap("ob0", &["10.0.0.1"]),
             // A name that is taken by an interface that is no TAP.
             tap("lo", &[]),
+            NetworkSpec { nat: true, ipv4_prefix: "10.0.0.0/24".to_owned(), ..spec("a") },
+            NetworkSpec { nat: true, ..tap("ob0", &["10.0.0.1/24"]) },
         ];
         for spec in bad {
             assert!(networks.create(&spec, false).is_err(), "{spec:?}");

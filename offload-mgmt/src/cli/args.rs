@@ -318,7 +318,7 @@ Examples:
 pub(crate) enum NetworkCommand {
     /// Create a network
     #[command(
-        after_help = "Examples:\n  outboard network create private\n  outboard network create default --tap ob0 --address 10.88.0.1/24\n  outboard network create lan --tap ob1 --prefix 10.89.0.0/24"
+        after_help = "Examples:\n  outboard network create private\n  outboard network create default --tap ob0 --address 10.88.0.1/24\n  outboard network create lan --tap ob1 --prefix 10.89.0.0/24 --nat"
     )]
     Create {
         /// Its name: a-z, 0-9 and '-'
@@ -338,6 +338,9 @@ pub(crate) enum NetworkCommand {
         /// A name server that DHCP tells, up to three times [default: the gateway, if there is an interface of the host]
         #[arg(long = "dns", value_name = "ADDRESS", requires = "prefixes")]
         dns: Vec<Ipv4Addr>,
+        /// Let its VMs reach what the host reaches, under the host's address; needs --tap and --prefix
+        #[arg(long, requires_all = ["tap", "prefixes"])]
+        nat: bool,
         /// Largest packet in bytes [default: 1500]
         #[arg(long, value_name = "BYTES")]
         mtu: Option<u32>,

@@ -220,7 +220,7 @@ async fn events(cli: &Cli, client: &Client, vm: String) -> Result<(), Failure> {
 async fn network(cli: &Cli, client: &Client, command: &NetworkCommand) -> Result<(), Failure> {
     let mut api = client.api();
     match command {
-        NetworkCommand::Create { name, tap, addresses, prefixes, dns, mtu, card } => {
+        NetworkCommand::Create { name, tap, addresses, prefixes, dns, nat, mtu, card } => {
             let (ipv4_prefix, ipv6_prefix) = by_version(prefixes)?;
             let spec = NetworkSpec {
                 id: name.clone(),
@@ -230,7 +230,7 @@ async fn network(cli: &Cli, client: &Client, command: &NetworkCommand) -> Result
                 ipv4_prefix,
                 ipv6_prefix,
                 dns: dns.iter().map(ToString::to_string).collect(),
-                ..NetworkSpec::default()
+                nat: *nat,
             };
             let card = card.clone().unwrap_or_default();
             let request = CreateNetworkRequest { spec: Some(spec), validate_only: false, card };
