@@ -407,6 +407,9 @@ impl Worker {
             queue.active = true;
             queue.ring.disable_kicks();
             self.active.push(id);
+        } else if queue.ring.memory_changed() {
+            // It may wait for its limits, for long.
+            queue.chain.clear();
         }
     }
 
