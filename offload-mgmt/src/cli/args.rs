@@ -339,6 +339,8 @@ pub(crate) enum NetworkCommand {
         #[arg(long = "dns", value_name = "ADDRESS", requires = "prefixes")]
         dns: Vec<Ipv4Addr>,
         /// Let its VMs reach what the host reaches, under the host's address; needs --tap and --prefix
+        ///
+        /// Nobody out there begins a connection to them. The host needs the package nftables.
         #[arg(long, requires_all = ["tap", "prefixes"])]
         nat: bool,
         /// Largest packet in bytes [default: 1500]

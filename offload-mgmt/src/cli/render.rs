@@ -334,9 +334,9 @@ mod tests {
     fn limits_are_said_in_words() {
         let none = Limits { iops: 0, iops_burst: 0, bytes_per_second: 0, bytes_burst: 0 };
         assert_eq!(limits(&none), "");
-        let net = v1::NetLimits { bits_per_second_out: 1_000_000_000, ..Default::default() };
+        let net = proto::v1::NetLimits { bits_per_second_out: 1_000_000_000, ..Default::default() };
         assert_eq!(net_limits(&net.into()), "1G bit/s out");
-        let net = v1::NetLimits { packets_per_second_in: 1500, packets_burst_in: 2000, ..net };
+        let net = proto::v1::NetLimits { packets_per_second_in: 1500, packets_burst_in: 2000, ..net };
         assert_eq!(net_limits(&net.into()), "1G bit/s out, 1500 packets/s in (burst 2K)");
         assert_eq!(limits(&Limits { iops: 500, ..none }), "500 IOPS");
         let all = Limits { iops: 500, iops_burst: 900, bytes_per_second: 20 << 20, bytes_burst: 1 << 30 };
