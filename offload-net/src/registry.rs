@@ -417,13 +417,8 @@ fn start(id: &str, checked: Checked, policy: PollPolicy) -> Result<Network, Erro
 /// A network from before: it is there, with or without the TAP.
 fn restart(spec: &NetworkSpec, policy: PollPolicy) -> Result<Network, Error> {
     let checked = check(spec)?;
-    if let Some(nat) = &checked.nat
-        && let Err(e) = nat.install()
-    {
-        tracing::error!(
-            network = spec.id,
-            "{e}; the network is there without NAT until it is created once more"
-        );
+    if let Some(nat) = checked.nat {
+        nat.install_later();
     }
     let uplink = match checked.uplink {
         Some(spec) => match spec.open() {

@@ -13,7 +13,9 @@ use offload_net::network::Network;
 use offload_net::network::allowance::Exceeded;
 use offload_net::network::uplink::Uplink;
 use offload_net::switch::PortId;
+use proto::error::{Error, ErrorReason};
 use proto::v1;
+use proto::v1::device_spec::Kind;
 
 fn network(mode: PollMode) -> Network {
     let policy = PollPolicy { mode, ..PollPolicy::default() };
@@ -199,4 +201,73 @@ fn a_device_that_waits_can_be_stopped_and_unplugged() {
         c.guest.send(&frame(b.guest.mac, c.guest.mac, i, 60));
         assert!(b.guest.receive_within(Duration::from_millis(500)).is_some());
     }
+}
+
+#[tokio::test]
+async fn a_card_keeps_limits_tells_what_they_did_and_takes_new_ones() {
+    let directory = tempfile::tempdir().unwrap();
+    let card = card::Card::start(directory.path());
+    let spec = v1::NetworkSpec { id: "n".to_owned(), ..Default::default() };
+    let create = v1::CreateNetworkRequest { spec: Some(spec), ..Default::default() };
+    card.networks().await.create_network(create).await.unwrap();
+    let mut a = Guest::new(1, FULL);
+    let first = v1::NetLimits { packets_per_second_out: 1_000_000, ..Default::default() };
+    let net = v1::NetDeviceSpec { network: "n".into(), mac: a.mac.to_vec(), ..Default::default() };
+    let spec = v1::DeviceSpec {
+        id: "a".into(),
+        kind: Some(Kind::Net(net)),
+        net_limits: Some(first),
+        ..Default::default()
+    };
+    let create = v1::CreateDeviceRequest { spec: Some(spec), ..Default::default() };
+    let mut devices = card.devices().await;
+    devices.create_device(create).await.unwrap();
+
+    // A disk's limits are none of its kind, and change nothing.
+    let of_disk = v1::DeviceLimits { operations_per_second: 5, ..Default::default() };
+    for net_limits in [None, Some(first)] {
+        let set = v1::SetLimitsRequest { id: "a".into(), limits: Some(of_disk), net_limits };
+        let e = Error::from(devices.set_limits(set).await.unwrap_err());
+        assert_eq!(e.reason(), ErrorReason::Unsupported, "{e}");
+    }
+    let bad = v1::NetLimits { bits_per_second_out: 1, ..Default::default() };
+    let set =
+        |net_limits| v1::SetLimitsRequest { id: "a".into(), limits: None, net_limits: Some(net_limits) };
+    let e = Error::from(devices.set_limits(set(bad)).await.unwrap_err());
+    assert_eq!(e.reason(), ErrorReason::InvalidField, "{e}");
+    let slow = v1::NetLimits { packets_per_second_out: 1, packets_burst_out: 2, ..Default::default() };
+    let device = devices.set_limits(set(slow)).await.unwrap().into_inner();
+    assert_eq!(device.spec.and_then(|s| s.net_limits), Some(slow));
+
+    card.kill();
+    let card = card::Card::start(directory.path());
+    let mut devices = card.devices().await;
+    let list = devices.list_devices(v1::ListDevicesRequest {}).await.unwrap().into_inner().devices;
+    assert_eq!(list[0].spec.as_ref().and_then(|s| s.net_limits), Some(slow));
+    let _link = a.connect(&card.socket("a"));
+    for i in 0..10 {
+        a.send(&frame([0x52, 0x54, 0, 0, 0, 9], a.mac, i, 60));
+    }
+    let begin = Instant::now();
+    loop {
+        let (queue, allowances) = stats(&card).await;
+        if allowances.pps_allowance_exceeded > 0 {
+            assert_eq!(allowances.bw_out_allowance_exceeded, 0);
+            assert!(queue.requests < 10 && queue.throttled > 0, "{queue:?}");
+            break;
+        }
+        assert!(begin.elapsed() < PATIENCE);
+    }
+    // The rest goes as soon as it may.
+    devices.set_limits(set(v1::NetLimits::default())).await.unwrap();
+    while stats(&card).await.0.requests < 10 {
+        assert!(begin.elapsed() < PATIENCE);
+    }
+}
+
+/// Of the transmit queue of device "a", and what its limits did.
+async fn stats(card: &card::Card) -> (v1::QueueStats, v1::NetAllowances) {
+    let request = v1::GetCardStatsRequest { device_id: "a".into() };
+    let stats = card.devices().await.get_stats(request).await.unwrap().into_inner().devices.swap_remove(0);
+    (stats.queues[1].clone(), stats.allowances.expect("a network device's"))
 }

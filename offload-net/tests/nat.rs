@@ -26,9 +26,14 @@ const HOST: (&str, &str) = ("192.0.2.1", "2001:db8::1");
 const SERVER: ([u8; 4], &str) = ([192, 0, 2, 2], "2001:db8::2");
 const PORT: u16 = 7000;
 
+fn run(command: &str) {
+    let mut words = command.split(' ');
+    let output = Command::new(words.next().unwrap()).args(words).output().unwrap();
+    assert!(output.status.success(), "{command}: {}", String::from_utf8_lossy(&output.stderr));
+}
+
 fn ip(args: &str) {
-    let output = Command::new("ip").args(args.split(' ')).output().unwrap();
-    assert!(output.status.success(), "ip {args}: {}", String::from_utf8_lossy(&output.stderr));
+    run(&format!("ip {args}"));
 }
 
 fn nft(args: &[&str]) -> String {
@@ -245,6 +250,8 @@ async fn guests_reach_the_internet_as_the_host_and_are_reached_by_nobody() {
     card.kill();
     nft(&["delete", "table", "inet", "outboard_nat_nat_net"]);
     let card = Card::start(directory.path());
+    let there = || nft(&["list", "tables"]).contains("outboard_nat_nat_net");
+    retry(|| if there() { Ok(()) } else { Err("no rules") });
     let _link = guest.connect(&card.socket("g"));
     talk(&mut guest, router, &internet, 2);
 
@@ -286,14 +293,13 @@ async fn a_host_that_forwards_is_left_as_it_is() {
 async fn without_nft_the_error_says_what_to_install() {
     unshare(CloneFlags::CLONE_NEWNET | CloneFlags::CLONE_NEWNS).unwrap();
     // A host without it: an empty file, in this test's view of the file system, cannot be run.
-    let mount = |args: &[&str]| assert!(Command::new("mount").args(args).status().unwrap().success());
-    mount(&["--make-rprivate", "/"]);
+    run("mount --make-rprivate /");
     let directory = tempfile::tempdir().unwrap();
     let empty = directory.path().join("empty");
     std::fs::write(&empty, "").unwrap();
     for nft in ["/usr/sbin/nft", "/sbin/nft", "/usr/bin/nft"] {
         if std::path::Path::new(nft).exists() {
-            mount(&["--bind", &empty.display().to_string(), nft]);
+            run(&format!("mount --bind {} {nft}", empty.display()));
         }
     }
     let card = Card::start(directory.path());
@@ -302,6 +308,42 @@ async fn without_nft_the_error_says_what_to_install() {
     assert_eq!(e.reason(), ErrorReason::Host);
     assert!(e.message().contains("nft") && e.fact("remedy").is_some_and(|r| r.contains("nftables")), "{e}");
     // Nothing is left behind.
-    assert!(retry(|| nix::net::if_::if_nametoindex(TAP).map_or(Ok(()), Err)) == ());
+    retry(|| nix::net::if_::if_nametoindex(TAP).map_or(Ok(()), Err));
     networks.create_network(network("n", TAP, "10.99.0", false)).await.unwrap();
+}
+
+/// As its service runs: a user of its own, and one capability.
+#[tokio::test]
+async fn a_card_without_root_does_it_by_its_capability() {
+    unshare(CloneFlags::CLONE_NEWNET | CloneFlags::CLONE_NEWNS).unwrap();
+    // Everybody may open it, as udev has it; not so in every container.
+    run("mount --make-rprivate /");
+    run("mount -t tmpfs tmpfs /dev/net");
+    run("mknod -m 666 /dev/net/tun c 10 200");
+    let internet = Internet::new();
+    let directory = tempfile::tempdir().unwrap();
+    // Where the program was built may be for root only.
+    let program = directory.path().join("offload-net");
+    std::fs::copy(env!("CARGO_BIN_EXE_offload-net"), &program).unwrap();
+    let nobody = 65_534;
+    std::os::unix::fs::chown(directory.path(), Some(nobody), Some(nobody)).unwrap();
+    let mut command = Command::new("setpriv");
+    command.args(["--reuid=65534", "--regid=65534", "--clear-groups", "--no-new-privs"]);
+    command.args([
+        "--inh-caps=-all,+net_admin",
+        "--ambient-caps=-all,+net_admin",
+        "--bounding-set=-all,+net_admin",
+    ]);
+    command.arg(&program);
+    let card = Card::start_by(command, directory.path());
+    let mut networks = card.networks().await;
+    networks.create_network(network("n", TAP, "10.99.0", true)).await.unwrap();
+    assert_eq!(forwards(), ["1", "1"]);
+    let mut guest = Guest::new(7, BASE);
+    let _link = plug(&card, "g", "n", &["10.99.0.7", IN.1], &mut guest).await;
+    let router = gateway(&mut guest, IN.0, [10, 99, 0, 1]);
+    talk(&mut guest, router, &internet, 1);
+    card.devices().await.delete_device(DeleteDeviceRequest { id: "g".to_owned() }).await.unwrap();
+    networks.delete_network(DeleteNetworkRequest { id: "n".to_owned() }).await.unwrap();
+    assert_eq!((forwards(), nft(&["list", "tables"])), (["0", "0"].map(str::to_owned), String::new()));
 }

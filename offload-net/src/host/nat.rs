@@ -11,11 +11,12 @@
 //! becoming a way into each other, and our other networks from becoming reachable. That table is also the mark that the
 //! setting is ours; with the last network that needs it both go.
 
+use std::collections::BTreeSet;
 use std::fs;
 use std::io::{self, Write};
 use std::net::IpAddr;
 use std::process::{Command, Stdio};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use proto::error::{Error, ErrorReason};
 use tonic::Code;
@@ -34,8 +35,8 @@ const GUARD: &str = "outboard_forward";
 /// Where `nft` is looked for: a service's PATH may have no directories of the administrator's.
 const NFT: [&str; 3] = ["nft", "/usr/sbin/nft", "/sbin/nft"];
 
-/// One change at a time: each looks first and then changes.
-static CHANGING: Mutex<()> = Mutex::new(());
+/// The networks that are to have NAT. Held while anything is changed: each change looks first.
+static WANTED: Mutex<BTreeSet<String>> = Mutex::new(BTreeSet::new());
 
 /// An IP version on the host.
 #[derive(Debug, Clone, Copy)]
@@ -79,7 +80,35 @@ impl Nat {
     /// # Errors
     /// `nft` is not installed or refuses, or the host's settings cannot be written. Some of it may be done.
     pub fn install(&self) -> Result<(), Error> {
-        let _alone = CHANGING.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut wanted = wanted();
+        wanted.insert(self.network.clone());
+        self.install_now()
+    }
+
+    /// The same, in a thread of its own, for a card that comes back: the rules are there as a rule, and guests wait for the
+    /// card. That it fails is logged.
+    pub fn install_later(self) {
+        wanted().insert(self.network.clone());
+        let spawned = std::thread::Builder::new().name("nat".into()).spawn(move || {
+            let wanted = wanted();
+            // Else the network has been deleted meanwhile.
+            if wanted.contains(&self.network)
+                && let Err(e) = self.install_now()
+            {
+                let network = self.network;
+                tracing::error!(
+                    network,
+                    "{e}; the network is there without NAT until it is created once more"
+                );
+            }
+        });
+        if let Err(e) = spawned {
+            tracing::error!("no thread for NAT rules: {e}");
+        }
+    }
+
+    /// The caller holds [`WANTED`].
+    fn install_now(&self) -> Result<(), Error> {
         nft(&["-f", "-"], &self.rules()).map_err(|e| e.resource(&self.network))?;
         for (prefix, _) in &self.prefixes {
             let family = if prefix.address.is_ipv4() { IPV4 } else { IPV6 };
@@ -129,7 +158,8 @@ table inet {table} {{
 /// # Errors
 /// As [`Nat::install`].
 pub fn remove(id: &str, taps: &[String]) -> Result<(), Error> {
-    let _alone = CHANGING.lock().unwrap_or_else(PoisonError::into_inner);
+    let mut wanted = wanted();
+    wanted.remove(id);
     let table = table(id);
     nft(&["-f", "-"], &format!("add table inet {table}\ndelete table inet {table}\n"))
         .map_err(|e| e.resource(id))?;
@@ -143,6 +173,10 @@ pub fn remove(id: &str, taps: &[String]) -> Result<(), Error> {
         }
     }
     Ok(())
+}
+
+fn wanted() -> MutexGuard<'static, BTreeSet<String>> {
+    WANTED.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 fn table(network: &str) -> String {
