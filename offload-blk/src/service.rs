@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
 
+use offload_card::device::not_limited;
 use offload_card::poll::{PollMode, PollPolicy};
 use offload_card::{ConfigNotifier, Device, DeviceFactory, Identity};
 use proto::error::Error;
@@ -96,6 +97,9 @@ impl StorageCard {
             return Err(Error::invalid_field("kind", format!("device {:?} is not a block device", spec.id))
                 .remedy("create it on a card of its kind"));
         };
+        if spec.net_limits.is_some_and(|l| !l.is_none()) {
+            return Err(not_limited());
+        }
         let queues = or_default(block.queues, 1);
         let queue_size = or_default(block.queue_size, DEFAULT_QUEUE_SIZE);
         let (Some(queues), true) = (u16::try_from(queues).ok(), queues <= MAX_QUEUES) else {

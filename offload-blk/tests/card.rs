@@ -334,7 +334,10 @@ fn bad_specifications_leave_nothing_behind() {
         (spec("d", BlockDeviceSpec { queue_size: 100, ..block(&good) }), ErrorReason::InvalidField),
         (spec("d", BlockDeviceSpec { queue_size: 65536, ..block(&good) }), ErrorReason::InvalidField),
         (spec("d", BlockDeviceSpec { serial: "x".repeat(21), ..block(&good) }), ErrorReason::InvalidField),
-        (proto::v1::DeviceSpec { id: "d".into(), kind: None, limits: None }, ErrorReason::InvalidField),
+        (
+            proto::v1::DeviceSpec { id: "d".into(), kind: None, limits: None, net_limits: None },
+            ErrorReason::InvalidField,
+        ),
     ];
     for (wanted, reason) in cases {
         for validate_only in [true, false] {

@@ -11,7 +11,7 @@ use proto::v1::{DeviceStats, ErrorReason};
 use thiserror::Error as ThisError;
 use tonic::Code;
 
-use crate::qos::Limits;
+use crate::qos::{Limits, NetLimits};
 use crate::ring::{Ring, RingState};
 
 /// What a device is, fixed from its creation to its end.
@@ -87,6 +87,14 @@ pub trait Device: Send + Sync {
         if limits.is_none() { Ok(()) } else { Err(not_limited()) }
     }
 
+    /// The same of a network device, both ways.
+    ///
+    /// # Errors
+    /// `Unsupported`: it is none.
+    fn set_net_limits(&self, limits: NetLimits) -> Result<(), Error> {
+        if limits.is_none() { Ok(()) } else { Err(not_limited()) }
+    }
+
     /// Back to the state after creation, as far as the driver can change it (a written configuration space).
     fn reset(&self);
 
@@ -98,10 +106,10 @@ pub trait Device: Send + Sync {
     fn close(&self);
 }
 
-/// A device of a kind that has no limits was to have some.
+/// A device was to have limits that devices of its kind do not have.
 pub fn not_limited() -> Error {
-    Error::new(Code::Unimplemented, ErrorReason::Unsupported, "devices of this kind cannot be limited")
-        .remedy("leave the limits out")
+    Error::new(Code::Unimplemented, ErrorReason::Unsupported, "devices of this kind have no such limits")
+        .remedy("limit a disk by `limits`, a network device by `net_limits`")
 }
 
 /// An engine's way to tell the driver that the configuration space has changed (a disk grew, a link went down).

@@ -6,7 +6,7 @@
 
 use std::fmt::{self, Display, Write as _};
 
-use proto::v1::{Bucket, DeviceStats, QueueStats};
+use proto::v1::{Bucket, DeviceStats, NetAllowances, QueueStats};
 
 /// What the format is called.
 pub const CONTENT_TYPE: &str = "text/plain; version=0.0.4; charset=utf-8";
@@ -161,6 +161,9 @@ pub fn encode(prefix: &str, version: &str, stats: &[DeviceStats], lost: usize) -
             }
         }
     }
+    if stats.iter().any(|d| d.allowances.is_some()) {
+        out.allowances(stats);
+    }
     out.family("batch_size", "histogram", "Answers shown to the driver at a time (count).");
     for device in stats {
         let sizes = device.queues.iter().flat_map(|q| &q.batch_sizes);
@@ -232,6 +235,22 @@ impl Text<'_> {
                 let buckets = all().flat_map(|o| &o.latency_ns);
                 // 1 µs to 17 s.
                 self.histogram(name, &labels, buckets, 10..=34, Nanoseconds, 0, &Nanoseconds(sum));
+            }
+        }
+    }
+
+    /// What the limits of network devices did, under the names that guests on Nitro know, with a sentence each.
+    fn allowances(&mut self, stats: &[DeviceStats]) {
+        const HELP: [&str; 3] = [
+            "Frames to a device dropped because of its limit of bits per second (count).",
+            "Times that frames from a device waited for its limit of bits per second (count).",
+            "Frames to a device dropped, and times that those from it waited, because of a limit of packets (count).",
+        ];
+        for (i, (name, _)) in NetAllowances::default().by_name().iter().enumerate() {
+            let family = format!("{name}_total");
+            self.family(&family, "counter", HELP[i]);
+            for (device, allowances) in stats.iter().filter_map(|d| Some((d, d.allowances?))) {
+                self.sample(&family, &[("device", &device.id)], &allowances.by_name()[i].1);
             }
         }
     }
@@ -308,7 +327,13 @@ mod tests {
         read.latency.add(40_000_000_000, 1);
         counters.batches[0].add(4);
         counters.batches[2].add(1);
-        let device = |id: &str, queues| DeviceStats { id: id.into(), connections: 2, queues, drops: None };
+        let device = |id: &str, queues| DeviceStats {
+            id: id.into(),
+            connections: 2,
+            queues,
+            drops: None,
+            allowances: None,
+        };
         let stats = [
             device("a", vec![counters.message(0), counters.message(1)]),
             device("b", vec![QueueCounters::default().message(0)]),
@@ -343,12 +368,11 @@ mod tests {
             "{plain:#?}"
         );
         let refused = NetDrops { spoofed_mac: 3, ..Default::default() };
-        let net = parse(&encode(
-            "outboard_net",
-            "1",
-            &[DeviceStats { drops: Some(refused), ..device("n", vec![]) }],
-            0,
-        ));
+        let allowances = NetAllowances { pps_allowance_exceeded: 4, ..Default::default() };
+        let net = DeviceStats { drops: Some(refused), allowances: Some(allowances), ..device("n", vec![]) };
+        let net = parse(&encode("outboard_net", "1", &[net], 0));
+        assert_eq!(net[r#"outboard_net_pps_allowance_exceeded_total{device="n"}"#], 4.0);
+        assert_eq!(net[r#"outboard_net_bw_in_allowance_exceeded_total{device="n"}"#], 0.0);
         assert_eq!(net[r#"outboard_net_refused_total{device="n",reason="spoofed_mac"}"#], 3.0);
     }
 }

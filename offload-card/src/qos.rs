@@ -24,7 +24,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use proto::error::Error;
 use proto::limits::MAX_BURST_SECONDS;
-use proto::v1::DeviceLimits;
+use proto::v1::{self, DeviceLimits};
 
 use crate::clock;
 
@@ -62,6 +62,41 @@ impl Limits {
         Ok(Self {
             operations: rate(limits.operations_per_second, limits.operations_burst),
             bytes: rate(limits.bytes_per_second, limits.bytes_burst),
+        })
+    }
+
+    /// There are none.
+    pub fn is_none(&self) -> bool {
+        *self == Self::default()
+    }
+}
+
+/// What a network device may do: its "operations" are packets, its "bytes" bits.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct NetLimits {
+    /// From the guest.
+    pub outgoing: Limits,
+    /// To the guest.
+    pub incoming: Limits,
+}
+
+impl NetLimits {
+    /// As a request has them; absent: none.
+    ///
+    /// # Errors
+    /// As [`v1::NetLimits::check`].
+    pub fn new(limits: Option<&v1::NetLimits>) -> Result<Self, Error> {
+        let Some(l) = limits else { return Ok(Self::default()) };
+        l.check()?;
+        Ok(Self {
+            outgoing: Limits {
+                operations: rate(l.packets_per_second_out, l.packets_burst_out),
+                bytes: rate(l.bits_per_second_out, l.bits_burst_out),
+            },
+            incoming: Limits {
+                operations: rate(l.packets_per_second_in, l.packets_burst_in),
+                bytes: rate(l.bits_per_second_in, l.bits_burst_in),
+            },
         })
     }
 
@@ -141,6 +176,24 @@ impl Bucket {
     }
 }
 
+/// Which tokens there are none of.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Kind {
+    /// Requests, packets.
+    Operations,
+    /// Bytes, bits.
+    Bytes,
+}
+
+/// A request may not go now.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Short {
+    /// Because there are none of these.
+    pub of: Kind,
+    /// When it may: a time of [`clock::now`], in the future.
+    pub until: u64,
+}
+
 /// A device's limits and what is left of them. Shared by its queues.
 #[derive(Debug, Default)]
 pub struct Throttle {
@@ -149,8 +202,9 @@ pub struct Throttle {
 }
 
 impl Throttle {
-    /// The throttle that `limits` ask for at `now`, a time of [`clock::now`]; `None` if they ask for none.
-    fn new(limits: Limits, before: Option<&Self>, now: u64) -> Option<Self> {
+    /// The throttle that `limits` ask for at `now`, a time of [`clock::now`]; `None` if they ask for none. It has what
+    /// `before` had or owed.
+    pub fn new(limits: Limits, before: Option<&Self>, now: u64) -> Option<Self> {
         let bucket = |rate: Option<Rate>, before: Option<&Bucket>| {
             rate.map(|rate| Bucket::new(rate, before, ticks(now)))
         };
@@ -170,10 +224,29 @@ impl Throttle {
         nanoseconds(self.buckets().map(Bucket::ready).max().unwrap_or(0))
     }
 
+    /// Which of them does not allow the next request at `now`; if both do not, the one that does so for longer.
+    pub fn short(&self, now: u64) -> Option<Short> {
+        let ready = |bucket: &Option<Bucket>| bucket.as_ref().map_or(0, Bucket::ready);
+        let (operations, bytes) = (ready(&self.operations), ready(&self.bytes));
+        let latest = operations.max(bytes);
+        let of = if bytes >= operations { Kind::Bytes } else { Kind::Operations };
+        (nanoseconds(latest) > now).then(|| Short { of, until: nanoseconds(latest) })
+    }
+
+    /// Nanoseconds that a request may go later than it might, and nothing is lost: while tokens fit into the buckets.
+    pub fn slack(&self) -> u64 {
+        self.buckets().map(|b| b.depth.saturating_sub(b.first) >> TICKS_LOG2).min().unwrap_or(0)
+    }
+
     /// A request of so many bytes goes at `now`, a time of [`clock::now`].
     pub fn take(&self, bytes: u64, now: u64) {
+        self.take_many(1, bytes, now);
+    }
+
+    /// So many requests go at `now`, of so many bytes together.
+    pub fn take_many(&self, operations: u64, bytes: u64, now: u64) {
         if let Some(bucket) = &self.operations {
-            bucket.take(1, ticks(now));
+            bucket.take(operations, ticks(now));
         }
         if let Some(bucket) = &self.bytes {
             bucket.take(bytes, ticks(now));

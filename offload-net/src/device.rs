@@ -9,6 +9,7 @@
 use std::sync::Arc;
 use std::time::Instant;
 
+use offload_card::qos::NetLimits;
 use offload_card::ring::{Ring, RingState};
 use offload_card::{Busy, Device, Identity};
 use proto::error::Error;
@@ -24,6 +25,7 @@ use crate::conntrack::Filter;
 use crate::drops::Drops;
 use crate::mac::MacAddr;
 use crate::network::Network;
+use crate::network::allowance::Exceeded;
 use crate::security::Wanted;
 use crate::subnet::{Interface, Subnet};
 use crate::switch::PortId;
@@ -130,6 +132,7 @@ pub struct NetDevice {
     network: Arc<Network>,
     port: PortId,
     drops: Arc<Drops>,
+    exceeded: Arc<Exceeded>,
 }
 
 impl NetDevice {
@@ -143,7 +146,8 @@ impl NetDevice {
         network: Arc<Network>,
     ) -> Result<Self, Error> {
         let (port, drops) = network.plug_behind(settings.interface.clone(), filter)?;
-        Ok(Self { identity: settings.identity(), config: settings.config(), network, port, drops })
+        let (identity, config) = (settings.identity(), settings.config());
+        Ok(Self { identity, config, network, port, drops, exceeded: Arc::default() })
     }
 }
 
@@ -183,8 +187,14 @@ impl Device for NetDevice {
 
     fn reset(&self) {}
 
+    fn set_net_limits(&self, limits: NetLimits) -> Result<(), Error> {
+        self.network.limit(self.port, limits, self.exceeded.clone());
+        Ok(())
+    }
+
     fn add_stats(&self, stats: &mut DeviceStats) {
         stats.drops = Some(self.drops.message());
+        stats.allowances = Some(self.exceeded.message());
     }
 
     fn close(&self) {

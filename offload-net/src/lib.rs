@@ -12,7 +12,8 @@
 //! - [`subnet`], [`guard`], [`answer`]: networks with a prefix: who has which address, what a guest may send, and what the
 //!   card answers itself; [`drops`] counts what goes nowhere;
 //! - [`security`], [`conntrack`]: security groups, and the connections that they have allowed;
-//! - [`network`]: a network's thread and its queues;
+//! - [`network`]: a network's thread and its queues; [`network::allowance`]: what limits do there;
+//! - [`capture`]: copies of a device's frames as a pcapng file;
 //! - [`host`]: TAP interfaces;
 //! - [`device`]: the virtio-net device;
 //! - [`registry`], [`store`], [`service`]: the networks of a card, kept across its restarts, and the gRPC service.
@@ -23,6 +24,7 @@
 //! counted, and neither concerns another device.
 
 pub mod answer;
+pub mod capture;
 pub mod conntrack;
 pub mod device;
 pub mod drops;

@@ -10,13 +10,16 @@ use std::time::Instant;
 
 use offload_card::device::not_limited;
 use offload_card::poll::PollPolicy;
+use offload_card::qos::NetLimits;
 use offload_card::{ConfigNotifier, Device, DeviceFactory, Identity};
 use proto::error::{Error, ErrorReason};
 use proto::v1::device_spec::Kind;
 use proto::v1::{DeviceSpec, DeviceStats, NetDeviceSpec, NetworkRecord, NetworkSpec};
 use tonic::Code;
 
+use crate::capture::{self, Source, Wanted};
 use crate::device::{MTU_MAX, MTU_MIN, NetDevice, Settings};
+use crate::host::nat::{self, Nat};
 use crate::host::netlink::Prefix;
 use crate::host::tap;
 use crate::network::uplink::{Uplink, UplinkSpec};
@@ -95,6 +98,7 @@ struct Checked {
     mtu: u32,
     subnet: Option<Subnet>,
     uplink: Option<UplinkSpec>,
+    nat: Option<Nat>,
 }
 
 impl Networks {
@@ -139,6 +143,10 @@ impl Networks {
         if let Some(existing) = networks.get_mut(&spec.id) {
             if existing.spec == *spec {
                 existing.network(self.0.policy)?;
+                // Somebody may have cleared the host's rules.
+                if let Some(nat) = checked.nat {
+                    nat.install()?;
+                }
                 return Ok(existing.devices.keys().cloned().collect());
             }
             return Err(Error::new(
@@ -158,7 +166,20 @@ impl Networks {
         }
         // Written first: a card killed from here on makes the TAP again, and DeleteNetwork finds it.
         self.0.store.save(spec)?;
-        match start(&spec.id, checked, self.0.policy) {
+        let nat = checked.nat.clone();
+        let started = start(&spec.id, checked, self.0.policy).and_then(|network| {
+            match nat.as_ref().map_or(Ok(()), Nat::install) {
+                Ok(()) => Ok(network),
+                Err(e) => {
+                    if let Err(e) = network.remove_uplink() {
+                        tracing::warn!("{e}");
+                    }
+                    remove_nat(spec, &taps(&networks));
+                    Err(e)
+                }
+            }
+        });
+        match started {
             Ok(network) => {
                 networks.insert(spec.id.clone(), Entry::new(spec.clone(), Some(network)));
                 tracing::info!(network = spec.id, tap = spec.tap, "network created");
@@ -193,7 +214,9 @@ impl Networks {
             None => remove_left_over(&entry.spec)?,
         }
         self.0.store.remove(id)?;
-        networks.remove(id);
+        if let Some(entry) = networks.remove(id) {
+            remove_nat(&entry.spec, &taps(&networks));
+        }
         tracing::info!(network = id, "network deleted");
         Ok(())
     }
@@ -201,6 +224,24 @@ impl Networks {
     /// All networks by id, each with the devices in it.
     pub fn list(&self) -> Vec<(NetworkSpec, Vec<String>)> {
         self.lock().values().map(|n| (n.spec.clone(), n.devices.keys().cloned().collect())).collect()
+    }
+
+    /// Begins to capture a device's frames.
+    ///
+    /// # Errors
+    /// No such device, or it has enough captures.
+    pub fn capture(&self, device: &str, wanted: Wanted) -> Result<Source, Error> {
+        let networks = self.lock();
+        let found = networks.values().find_map(|n| Some((n.network.as_ref()?, n.devices.get(device)?.port)));
+        let Some((network, port)) = found else {
+            let what = format!("there is no device {device:?} on this card");
+            return Err(Error::new(Code::NotFound, ErrorReason::DeviceNotFound, what)
+                .resource(device)
+                .remedy("list the card's devices for what there is"));
+        };
+        let (sink, source) = capture::new(device, wanted, network);
+        network.capture(port, sink).map_err(|e| e.resource(device))?;
+        Ok(source)
     }
 
     fn lock(&self) -> MutexGuard<'_, BTreeMap<String, Entry>> {
@@ -287,6 +328,10 @@ impl Device for Plugged {
         self.device.start_queue(ring)
     }
 
+    fn set_net_limits(&self, limits: NetLimits) -> Result<(), Error> {
+        self.device.set_net_limits(limits)
+    }
+
     fn stop_queue(
         &self,
         index: u16,
@@ -348,7 +393,12 @@ fn check(spec: &NetworkSpec) -> Result<Checked, Error> {
             )
             .remedy("name a TAP, or leave the addresses out"));
         }
-        return Ok(Checked { mtu, subnet, uplink: None });
+        if spec.nat {
+            return Err(
+                Error::invalid_field("nat", "a network without a TAP has no NAT").remedy("name a TAP")
+            );
+        }
+        return Ok(Checked { mtu, subnet, uplink: None, nat: None });
     }
     tap::check_name(&spec.tap).map_err(|e| Error::invalid_field("tap", e))?;
     for gateway in subnet.iter().flat_map(Subnet::gateways) {
@@ -356,8 +406,32 @@ fn check(spec: &NetworkSpec) -> Result<Checked, Error> {
             addresses.push(gateway);
         }
     }
+    let nat = match &subnet {
+        _ if !spec.nat => None,
+        Some(subnet) => Some(Nat::new(&spec.id, &spec.tap, subnet, &addresses)),
+        None => {
+            return Err(Error::invalid_field("nat", "a network without ipv4_prefix has no NAT")
+                .remedy("give the network an IPv4 prefix, e.g. 10.88.0.0/24"));
+        }
+    };
     let mac = subnet.as_ref().map(|s| s.gateway_mac);
-    Ok(Checked { mtu, subnet, uplink: Some(UplinkSpec { tap: spec.tap.clone(), mtu, addresses, mac }) })
+    let uplink = UplinkSpec { tap: spec.tap.clone(), mtu, addresses, mac, nat: spec.nat };
+    Ok(Checked { mtu, subnet, uplink: Some(uplink), nat })
+}
+
+/// The TAPs of these networks.
+fn taps(networks: &BTreeMap<String, Entry>) -> Vec<String> {
+    networks.values().map(|n| n.spec.tap.clone()).filter(|tap| !tap.is_empty()).collect()
+}
+
+/// Undoes a network's NAT. That it cannot be undone does not keep a network from being deleted: its TAP is gone, so the rules
+/// do nothing.
+fn remove_nat(spec: &NetworkSpec, taps: &[String]) {
+    if spec.nat
+        && let Err(e) = nat::remove(&spec.id, taps)
+    {
+        tracing::error!(network = spec.id, "NAT rules are left on the host: {e}");
+    }
 }
 
 /// A new network: the TAP must be there, or there is no network.
@@ -375,6 +449,9 @@ fn start(id: &str, checked: Checked, policy: PollPolicy) -> Result<Network, Erro
 /// A network from before: it is there, with or without the TAP.
 fn restart(spec: &NetworkSpec, policy: PollPolicy) -> Result<Network, Error> {
     let checked = check(spec)?;
+    if let Some(nat) = checked.nat {
+        nat.install_later();
+    }
     let uplink = match checked.uplink {
         Some(spec) => match spec.open() {
             Ok(tap) => Uplink::Up(spec, tap),
@@ -414,7 +491,7 @@ mod tests {
             mac: vec![2, 0, 0, 0, 0, last],
             ..Default::default()
         };
-        DeviceSpec { id: id.to_owned(), kind: Some(Kind::Net(net)), limits: None }
+        DeviceSpec { id: id.to_owned(), kind: Some(Kind::Net(net)), limits: None, net_limits: None }
     }
 
     #[test]
@@ -500,6 +577,8 @@ mod tests {
             tap("ob0", &["10.0.0.1"]),
             // A name that is taken by an interface that is no TAP.
             tap("lo", &[]),
+            NetworkSpec { nat: true, ipv4_prefix: "10.0.0.0/24".to_owned(), ..spec("a") },
+            NetworkSpec { nat: true, ..tap("ob0", &["10.0.0.1/24"]) },
         ];
         for spec in bad {
             assert!(networks.create(&spec, false).is_err(), "{spec:?}");
@@ -516,6 +595,10 @@ mod tests {
         let networks = Networks::open(dir.path().join("networks"), PollPolicy::default()).unwrap();
         let e = networks.validate(&device("d", "nowhere", 1)).unwrap_err();
         assert_eq!(e.reason(), ErrorReason::NetworkNotFound);
-        assert!(networks.validate(&DeviceSpec { id: "d".to_owned(), kind: None, limits: None }).is_err());
+        assert!(
+            networks
+                .validate(&DeviceSpec { id: "d".to_owned(), kind: None, limits: None, net_limits: None })
+                .is_err()
+        );
     }
 }

@@ -1,16 +1,30 @@
 //! The gRPC service `NetworkCard`.
 
+use std::pin::Pin;
+use std::task::{Context, Poll};
+
 use proto::error::{Error, ErrorReason};
 use proto::v1::network_card_server::NetworkCard;
 use proto::v1::{
-    CreateNetworkRequest, DeleteNetworkRequest, DeleteNetworkResponse, DeleteSecurityGroupRequest,
-    DeleteSecurityGroupResponse, ListNetworksRequest, ListNetworksResponse, ListSecurityGroupsRequest,
-    ListSecurityGroupsResponse, Network, NetworkSpec, SecurityGroup, SetSecurityGroupsRequest,
-    SetSecurityGroupsResponse,
+    CapturePart, CaptureRequest, CreateNetworkRequest, DeleteNetworkRequest, DeleteNetworkResponse, DeleteSecurityGroupRequest, DeleteSecurityGroupResponse, ListNetworksRequest, ListNetworksResponse, ListSecurityGroupsRequest, ListSecurityGroupsResponse, Network, NetworkSpec, SecurityGroup, SetSecurityGroupsRequest, SetSecurityGroupsResponse,
 };
+use tokio_stream::Stream;
 use tonic::{Code, Request, Response, Status};
 
+use crate::capture::{Source, Wanted};
 use crate::registry::Networks;
+
+/// A capture on its way to its reader.
+#[derive(Debug)]
+pub struct Captured(Source);
+
+impl Stream for Captured {
+    type Item = Result<CapturePart, Status>;
+
+    fn poll_next(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<Self::Item>> {
+        self.0.poll(context).map(|part| part.map(Ok))
+    }
+}
 
 impl Networks {
     /// Runs what waits for the kernel or a network's thread away from the service's own thread, which all calls share.
@@ -85,6 +99,15 @@ impl NetworkCard for Networks {
         let groups =
             groups.into_iter().map(|(spec, devices)| SecurityGroup { spec: Some(spec), devices }).collect();
         Ok(Response::new(ListSecurityGroupsResponse { groups }))
+    }
+
+    type CaptureStream = Captured;
+
+    async fn capture(&self, request: Request<CaptureRequest>) -> Result<Response<Captured>, Status> {
+        let CaptureRequest { device_id, snap_bytes, frames } = request.into_inner();
+        let wanted = Wanted { snap_bytes, frames };
+        let source = self.blocking(move |networks| networks.capture(&device_id, wanted)).await?;
+        Ok(Response::new(Captured(source)))
     }
 }
 

@@ -32,7 +32,7 @@ fn network(id: &str, tap: &str) -> CreateNetworkRequest {
 
 fn device(id: &str, network: &str, guest: &Guest) -> CreateDeviceRequest {
     let net = NetDeviceSpec { network: network.to_owned(), mac: guest.mac.to_vec(), ..Default::default() };
-    let spec = DeviceSpec { id: id.to_owned(), kind: Some(Kind::Net(net)), limits: None };
+    let spec = DeviceSpec { id: id.to_owned(), kind: Some(Kind::Net(net)), limits: None, net_limits: None };
     CreateDeviceRequest { spec: Some(spec), ..Default::default() }
 }
 

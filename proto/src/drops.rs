@@ -1,6 +1,19 @@
-//! What the reasons of [`NetDrops`] are called where they are shown.
+//! What the reasons of [`NetDrops`], and [`NetAllowances`], are called where they are shown.
 
-use crate::v1::NetDrops;
+use crate::v1::{NetAllowances, NetDrops};
+
+impl NetAllowances {
+    /// The counters with their names, in the order of the message.
+    pub fn by_name(&self) -> [(&'static str, u64); 3] {
+        // Without `..`, as below.
+        let Self { bw_in_allowance_exceeded, bw_out_allowance_exceeded, pps_allowance_exceeded } = *self;
+        [
+            ("bw_in_allowance_exceeded", bw_in_allowance_exceeded),
+            ("bw_out_allowance_exceeded", bw_out_allowance_exceeded),
+            ("pps_allowance_exceeded", pps_allowance_exceeded),
+        ]
+    }
+}
 
 impl NetDrops {
     /// The counters with their names, in the order of the message.

@@ -1,12 +1,14 @@
 //! What a device's limits may be: the same to whoever asks for them and to whoever enforces them.
 
 use crate::error::Error;
-use crate::v1::DeviceLimits;
+use crate::v1::{DeviceLimits, NetLimits};
 
 /// Largest rate per second. More is no limit.
 pub const MAX_RATE: u64 = 1 << 40;
 /// Smallest rate in bytes per second: what the largest request owes is to be paid in this life.
 pub const MIN_BYTES_RATE: u64 = 4096;
+/// Smallest rate in bits per second: a super-frame of 64 KiB is paid for in 16 seconds.
+pub const MIN_BITS_RATE: u64 = 8 * MIN_BYTES_RATE;
 /// Longest burst, in seconds at the limit's rate.
 pub const MAX_BURST_SECONDS: u64 = 86_400;
 
@@ -21,14 +23,32 @@ impl DeviceLimits {
     /// # Errors
     /// INVALID_FIELD, by name: a rate or a burst is out of its range.
     pub fn check(&self) -> Result<(), Error> {
-        check("operations", self.operations_per_second, self.operations_burst, 1)?;
-        check("bytes", self.bytes_per_second, self.bytes_burst, MIN_BYTES_RATE)
+        check("operations", "", self.operations_per_second, self.operations_burst, 1)?;
+        check("bytes", "", self.bytes_per_second, self.bytes_burst, MIN_BYTES_RATE)
     }
 }
 
-fn check(what: &str, per_second: u64, burst: u64, least: u64) -> Result<(), Error> {
+impl NetLimits {
+    /// There are none.
+    pub fn is_none(&self) -> bool {
+        *self == Self::default()
+    }
+
+    /// Whether they can be enforced.
+    ///
+    /// # Errors
+    /// As [`DeviceLimits::check`].
+    pub fn check(&self) -> Result<(), Error> {
+        check("bits", "_out", self.bits_per_second_out, self.bits_burst_out, MIN_BITS_RATE)?;
+        check("packets", "_out", self.packets_per_second_out, self.packets_burst_out, 1)?;
+        check("bits", "_in", self.bits_per_second_in, self.bits_burst_in, MIN_BITS_RATE)?;
+        check("packets", "_in", self.packets_per_second_in, self.packets_burst_in, 1)
+    }
+}
+
+fn check(what: &str, direction: &str, per_second: u64, burst: u64, least: u64) -> Result<(), Error> {
     let refuse = |field: &str, message: String| {
-        Err(Error::invalid_field(&format!("limits.{what}_{field}"), message)
+        Err(Error::invalid_field(&format!("limits.{what}_{field}{direction}"), message)
             .remedy("leave it out, or 0, for no limit"))
     };
     if per_second == 0 && burst != 0 {
@@ -64,5 +84,20 @@ mod tests {
         assert!(e.contains("limits.operations_per_second"), "{e}");
         let e = refused(DeviceLimits { operations_per_second: 1, operations_burst: 86_401, ..none });
         assert!(e.contains("of a day"), "{e}");
+
+        let none = NetLimits::default();
+        assert!(none.check().is_ok() && none.is_none());
+        let refused = |limits: NetLimits| {
+            let e = limits.check().unwrap_err();
+            format!("{} {}", e.fact("field").unwrap(), e.message())
+        };
+        let e = refused(NetLimits { bits_per_second_in: 32_767, ..none });
+        assert!(e.contains("limits.bits_per_second_in") && e.contains("32768"), "{e}");
+        let e = refused(NetLimits { bits_per_second_out: MAX_RATE + 1, ..none });
+        assert!(e.contains("limits.bits_per_second_out"), "{e}");
+        let e = refused(NetLimits { packets_burst_out: 1, ..none });
+        assert!(e.contains("limits.packets_burst_out") && e.contains("without a limit"), "{e}");
+        let e = refused(NetLimits { packets_per_second_in: 1, packets_burst_in: 86_401, ..none });
+        assert!(e.contains("limits.packets_burst_in") && e.contains("of a day"), "{e}");
     }
 }

@@ -131,7 +131,7 @@ impl Card {
 
     pub fn set_limits(&self, id: &str, limits: DeviceLimits) -> Result<Device, Error> {
         self.call(async |c| {
-            let request = SetLimitsRequest { id: id.into(), limits: Some(limits) };
+            let request = SetLimitsRequest { id: id.into(), limits: Some(limits), net_limits: None };
             Ok(CardClient::new(c).set_limits(request).await?.into_inner())
         })
     }
@@ -194,7 +194,7 @@ pub fn image(dir: &Path, name: &str, size: u64) -> String {
 }
 
 pub fn spec(id: &str, block: BlockDeviceSpec) -> DeviceSpec {
-    DeviceSpec { id: id.into(), kind: Some(Kind::Block(block)), limits: None }
+    DeviceSpec { id: id.into(), kind: Some(Kind::Block(block)), limits: None, net_limits: None }
 }
 
 const RINGS: u64 = 0;

@@ -181,3 +181,51 @@ proptest! {
         prop_assert!(years(&next) < 10, "{} years", years(&next));
     }
 }
+
+#[test]
+fn packets_count_as_many_and_what_is_short_is_said() {
+    let limits = NetLimits::new(Some(&v1::NetLimits {
+        packets_per_second_out: 1000,
+        packets_burst_out: 100,
+        bits_per_second_out: 1_000_000,
+        bits_burst_out: 1_000_000,
+        ..Default::default()
+    }))
+    .unwrap();
+    assert!(limits.incoming.is_none() && !limits.is_none());
+    let t = Throttle::new(limits.outgoing, None, SECOND).unwrap();
+    assert_eq!(t.short(SECOND), None);
+    t.take_many(150, 500_000, SECOND);
+    // 50 packets owed, and one to come.
+    assert_eq!(t.short(SECOND), Some(Short { of: Kind::Operations, until: SECOND + 51_000_000 }));
+    t.take_many(1, 1_500_000, SECOND);
+    assert!(
+        matches!(t.short(SECOND), Some(Short { of: Kind::Bytes, until }) if until.abs_diff(2 * SECOND) < 2000)
+    );
+    // While the smaller of the bursts comes, less what the next takes.
+    assert_eq!(t.slack(), 99_000_000);
+    assert_eq!(t.short(3 * SECOND), None);
+}
+
+/// Frames of different sizes as fast as they may: to a percent of a second's worth.
+#[test]
+fn bits_of_frames_are_exact_to_the_percent() {
+    for (rate, frame) in
+        [(100_000_000, 1514), (1_000_000_000, 1514), (10_000_000_000, 65_226), (1_000_000, 60)]
+    {
+        let limits =
+            NetLimits::new(Some(&v1::NetLimits { bits_per_second_in: rate, ..Default::default() })).unwrap();
+        let t = Throttle::new(limits.incoming, None, SECOND).unwrap();
+        let (mut now, mut bits) = (SECOND, 0);
+        while now < 2 * SECOND {
+            match t.short(now) {
+                Some(short) => now = short.until,
+                None => {
+                    t.take_many(1, frame * 8, now);
+                    bits += frame * 8;
+                }
+            }
+        }
+        assert!((rate..=rate + rate / 100 + frame * 8).contains(&bits), "{rate} {frame}: {bits}");
+    }
+}

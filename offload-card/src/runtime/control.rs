@@ -62,8 +62,8 @@ impl<F: DeviceFactory> card_server::Card for ControlService<F> {
     }
 
     async fn set_limits(&self, request: Request<SetLimitsRequest>) -> Result<Response<Device>, Status> {
-        let SetLimitsRequest { id, limits } = request.into_inner();
-        self.blocking(move |r| r.set_limits(&id, limits)).await
+        let SetLimitsRequest { id, limits, net_limits } = request.into_inner();
+        self.blocking(move |r| r.set_limits(&id, limits, net_limits)).await
     }
 
     async fn delete_device(

@@ -149,7 +149,7 @@ mod tests {
     #[test]
     fn records_survive_and_rubbish_is_left_out() {
         let dir = tempfile::tempdir().unwrap();
-        let spec = |id: &str| DeviceSpec { id: id.into(), kind: None, limits: None };
+        let spec = |id: &str| DeviceSpec { id: id.into(), kind: None, limits: None, net_limits: None };
         write(dir.path(), &spec("b")).unwrap();
         write(dir.path(), &spec("a")).unwrap();
         write(dir.path(), &spec("a")).unwrap();
@@ -185,7 +185,7 @@ mod tests {
         let block = BlockDeviceSpec { path: "/i".into(), ..Default::default() };
         assert_eq!(
             read(&record(Some(1), &[old])),
-            [DeviceSpec { id: "a".into(), kind: kind(block.clone()), limits: None }]
+            [DeviceSpec { id: "a".into(), kind: kind(block.clone()), limits: None, net_limits: None }]
         );
         // The same with fields that nobody knows yet, in the block's specification, in the device's, and in the record:
         // 1000: 7, and 1001: "new".
@@ -193,7 +193,10 @@ mod tests {
         let newer_block = [&[0x12, 4 + unknown.len() as u8][..], &old[2..], unknown].concat();
         let mut newer = record(Some(1), &[&newer_block, unknown]);
         newer.extend(unknown);
-        assert_eq!(read(&newer), [DeviceSpec { id: "a".into(), kind: kind(block), limits: None }]);
+        assert_eq!(
+            read(&newer),
+            [DeviceSpec { id: "a".into(), kind: kind(block), limits: None, net_limits: None }]
+        );
         // What must not be overlooked, and what is no record.
         assert!(read(&record(Some(2), &[old])).is_empty());
         assert!(read(&record(None, &[old])).is_empty());
@@ -202,7 +205,7 @@ mod tests {
     #[test]
     fn a_record_that_cannot_be_written_is_an_error_that_names_it() {
         let dir = tempfile::tempdir().unwrap();
-        let spec = DeviceSpec { id: "x".into(), kind: None, limits: None };
+        let spec = DeviceSpec { id: "x".into(), kind: None, limits: None, net_limits: None };
         let e = write(&dir.path().join("none"), &spec).unwrap_err();
         assert!(e.message().contains("x.pb"), "{e}");
     }

@@ -17,9 +17,9 @@ use tracing::{info, warn};
 
 use super::kept::KeptSockets;
 use super::{bind, host_error, records};
-use crate::device::{ConfigNotifier, Device, Identity};
+use crate::device::{ConfigNotifier, Device, Identity, not_limited};
 use crate::factory::DeviceFactory;
-use crate::qos::Limits;
+use crate::qos::{Limits, NetLimits};
 use crate::server::DeviceServer;
 
 /// How long a delete waits for what is in flight. After that the device is gone for everybody, and what it holds is given
@@ -218,8 +218,7 @@ impl<F: DeviceFactory> Registry<F> {
         let identity = device.identity().clone();
         let socket = self.socket(&spec.id);
         // Before anybody can use it.
-        let limited = Limits::new(spec.limits.as_ref()).and_then(|limits| device.set_limits(limits));
-        if let Err(e) = limited {
+        if let Err(e) = check_limits(spec).and_then(|limits| set(device.as_ref(), limits)) {
             device.close();
             return Err(e);
         }
@@ -261,7 +260,7 @@ impl<F: DeviceFactory> Registry<F> {
     /// Checks a specification without changing anything.
     pub(super) fn validate(&self, spec: &DeviceSpec) -> Result<v1::Device, Error> {
         check_id(&spec.id)?;
-        Limits::new(spec.limits.as_ref())?;
+        check_limits(spec)?;
         match self.places().get(&spec.id) {
             None | Some(Place::Lost(_)) => {}
             Some(Place::Busy) => return Err(busy(&spec.id)),
@@ -276,7 +275,7 @@ impl<F: DeviceFactory> Registry<F> {
     /// fails.
     pub(super) fn create(&self, spec: &DeviceSpec) -> Result<v1::Device, Error> {
         check_id(&spec.id)?;
-        Limits::new(spec.limits.as_ref())?;
+        check_limits(spec)?;
         let was_lost = {
             let mut places = self.places();
             let was_lost = match places.get(&spec.id) {
@@ -285,7 +284,7 @@ impl<F: DeviceFactory> Registry<F> {
                 Some(Place::Live(live)) if same(&live.spec(), spec) => {
                     let live = live.clone();
                     drop(places);
-                    return self.limit(&live, spec.limits);
+                    return self.limit(&live, spec.limits, spec.net_limits);
                 }
                 // Perhaps what was missing is there now.
                 Some(Place::Lost(lost)) if same(&lost.spec, spec) => true,
@@ -324,8 +323,14 @@ impl<F: DeviceFactory> Registry<F> {
     }
 
     /// Sets what a device may do; one that is lost has it when it is back.
-    pub(super) fn set_limits(&self, id: &str, limits: Option<DeviceLimits>) -> Result<v1::Device, Error> {
+    pub(super) fn set_limits(
+        &self,
+        id: &str,
+        limits: Option<DeviceLimits>,
+        net_limits: Option<v1::NetLimits>,
+    ) -> Result<v1::Device, Error> {
         Limits::new(limits.as_ref())?;
+        NetLimits::new(net_limits.as_ref())?;
         let mut lost = {
             let mut places = self.places();
             match places.get_mut(id) {
@@ -333,7 +338,7 @@ impl<F: DeviceFactory> Registry<F> {
                 Some(Place::Live(live)) => {
                     let live = live.clone();
                     drop(places);
-                    return self.limit(&live, limits);
+                    return self.limit(&live, limits, net_limits);
                 }
                 Some(Place::Busy | Place::Lost(Lost { attempt: Some(_), .. })) => return Err(busy(id)),
                 Some(place @ Place::Lost(_)) => match std::mem::replace(place, Place::Busy) {
@@ -342,7 +347,7 @@ impl<F: DeviceFactory> Registry<F> {
                 },
             }
         };
-        let spec = DeviceSpec { limits, ..(*lost.spec).clone() };
+        let spec = DeviceSpec { limits, net_limits, ..(*lost.spec).clone() };
         let written = records::write(&self.directory, &spec);
         if written.is_ok() {
             *lost.spec = spec;
@@ -353,18 +358,23 @@ impl<F: DeviceFactory> Registry<F> {
     }
 
     /// Sets what a device may do. The record comes first, as in `create`.
-    fn limit(&self, live: &Arc<Live>, limits: Option<DeviceLimits>) -> Result<v1::Device, Error> {
+    fn limit(
+        &self,
+        live: &Arc<Live>,
+        limits: Option<DeviceLimits>,
+        net_limits: Option<v1::NetLimits>,
+    ) -> Result<v1::Device, Error> {
         let _changing = live.changing.lock().unwrap_or_else(PoisonError::into_inner);
         let there = matches!(self.places().get(&live.id), Some(Place::Live(now)) if Arc::ptr_eq(now, live));
         if !there {
             return Err(not_found(&live.id));
         }
         let before = live.spec().clone();
-        let spec = DeviceSpec { limits, ..before.clone() };
+        let spec = DeviceSpec { limits, net_limits, ..before.clone() };
         if spec != before {
-            let checked = Limits::new(limits.as_ref())?;
+            let checked = check_limits(&spec)?;
             records::write(&self.directory, &spec)?;
-            if let Err(e) = live.device.set_limits(checked) {
+            if let Err(e) = set(live.device.as_ref(), checked) {
                 records::write(&self.directory, &before)?;
                 return Err(e);
             }
@@ -480,6 +490,19 @@ impl Live {
         device.connected = self.server.connected();
         device.broken = self.server.broken().unwrap_or_default();
         device
+    }
+}
+
+fn check_limits(spec: &DeviceSpec) -> Result<(Limits, NetLimits), Error> {
+    Ok((Limits::new(spec.limits.as_ref())?, NetLimits::new(spec.net_limits.as_ref())?))
+}
+
+fn set(device: &dyn Device, (limits, net_limits): (Limits, NetLimits)) -> Result<(), Error> {
+    // A device has limits of one kind; those of the other are refused before anything has changed.
+    match (limits.is_none(), net_limits.is_none()) {
+        (false, false) => Err(not_limited()),
+        (false, true) => device.set_limits(limits).and_then(|()| device.set_net_limits(net_limits)),
+        (true, _) => device.set_net_limits(net_limits).and_then(|()| device.set_limits(limits)),
     }
 }
 

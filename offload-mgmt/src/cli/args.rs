@@ -10,7 +10,7 @@ use clap_complete::Shell;
 use ipnet::IpNet;
 
 use super::options::security::RuleOption;
-use super::options::{DiskOption, NicOption, Size};
+use super::options::{Decimal, DiskOption, NicOption, Size};
 
 /// Creates and manages Outboard VMs.
 #[derive(Debug, Parser)]
@@ -146,28 +146,30 @@ pub(crate) enum VmCommand {
         #[arg(value_name = "SIZE")]
         size: Option<Size>,
     },
-    /// Set what a VM may do with a disk per second, at once; what is not given is not limited any more
+    /// Set what a VM may do with a disk or a network interface per second, at once; what is not given is not limited any more
     #[command(
-        after_help = "Examples:\n  outboard vm limit web disk0 --iops 500 --bps 50M\n  outboard vm limit web disk0 --iops 500 --iops-burst 30000\n  outboard vm limit web disk0"
+        after_help = "Examples:\n  outboard vm limit web disk0 --iops 500 --bps 50M\n  outboard vm limit web disk0 --iops 500 --iops-burst 30000\n  outboard vm limit web nic0 --rate-out 1G --rate-in 1G --pps-out 100K\n  outboard vm limit web disk0"
     )]
-    Limit {
+    Limit(Box<Limit>),
+    /// Capture what goes through a network interface of a running VM, as a pcapng file on standard output
+    ///
+    /// Frames from the guest are "outbound" in it, those to the guest "inbound". It ends with Ctrl-C. What comes faster than
+    /// it is read is left out and counted; the VM's traffic never waits for it.
+    #[command(
+        after_help = "Examples:\n  outboard vm capture web | tshark -r -\n  outboard vm capture web nic1 --count 1000 --snaplen 128 > web.pcapng"
+    )]
+    Capture {
         #[command(flatten)]
         vm: Name,
-        /// Id of the disk
-        #[arg(value_name = "DISK")]
-        disk: String,
-        /// Requests per second
-        #[arg(long, value_name = "N", default_value_t = 0, hide_default_value = true)]
-        iops: u64,
-        /// Requests that may be done at once after a pause [default: a hundredth of a second's]
-        #[arg(long, value_name = "N", default_value_t = 0, hide_default_value = true)]
-        iops_burst: u64,
-        /// Bytes per second, reads and writes together
-        #[arg(long, value_name = "SIZE", default_value = "0", hide_default_value = true)]
-        bps: Size,
-        /// Bytes that may be moved at once after a pause [default: a hundredth of a second's]
-        #[arg(long, value_name = "SIZE", default_value = "0", hide_default_value = true)]
-        bps_burst: Size,
+        /// Id of the interface [default: the only one]
+        #[arg(value_name = "NIC")]
+        nic: Option<String>,
+        /// Keep no more than the first so many bytes of each frame
+        #[arg(long, short, value_name = "BYTES", value_parser = clap::value_parser!(u32).range(1..))]
+        snaplen: Option<u32>,
+        /// End after so many frames
+        #[arg(long, short, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
+        count: Option<u64>,
     },
     /// Remove a VM; its disk images stay
     #[command(
@@ -211,6 +213,53 @@ pub(crate) enum VmCommand {
     Stats(Name),
 }
 
+/// `outboard vm limit`
+#[derive(Debug, Args)]
+pub(crate) struct Limit {
+    /// The VM.
+    #[command(flatten)]
+    pub vm: Name,
+    /// Id of the disk or network interface
+    #[arg(value_name = "DEVICE")]
+    pub device: String,
+    /// Disk: requests per second
+    #[arg(long, value_name = "N")]
+    pub iops: Option<u64>,
+    /// Disk: requests that may be done at once after a pause [default: a hundredth of a second's]
+    #[arg(long, value_name = "N")]
+    pub iops_burst: Option<u64>,
+    /// Disk: bytes per second, reads and writes together
+    #[arg(long, value_name = "SIZE")]
+    pub bps: Option<Size>,
+    /// Disk: bytes that may be moved at once after a pause [default: a hundredth of a second's]
+    #[arg(long, value_name = "SIZE")]
+    pub bps_burst: Option<Size>,
+    /// Interface: bits per second from the guest; K, M, G are powers of 1000. What is more waits
+    #[arg(long, value_name = "BITS")]
+    pub rate_out: Option<Decimal>,
+    /// Interface: bits that may go out at once after a pause [default: a hundredth of a second's]
+    #[arg(long, value_name = "BITS")]
+    pub rate_out_burst: Option<Decimal>,
+    /// Interface: packets per second from the guest
+    #[arg(long, value_name = "N")]
+    pub pps_out: Option<Decimal>,
+    /// Interface: packets that may go out at once after a pause [default: a hundredth of a second's]
+    #[arg(long, value_name = "N")]
+    pub pps_out_burst: Option<Decimal>,
+    /// Interface: bits per second to the guest. What is more is dropped
+    #[arg(long, value_name = "BITS")]
+    pub rate_in: Option<Decimal>,
+    /// Interface: bits that may come in at once after a pause [default: a hundredth of a second's]
+    #[arg(long, value_name = "BITS")]
+    pub rate_in_burst: Option<Decimal>,
+    /// Interface: packets per second to the guest
+    #[arg(long, value_name = "N")]
+    pub pps_in: Option<Decimal>,
+    /// Interface: packets that may come in at once after a pause [default: a hundredth of a second's]
+    #[arg(long, value_name = "N")]
+    pub pps_in_burst: Option<Decimal>,
+}
+
 /// Names one VM.
 #[derive(Debug, Args)]
 pub(crate) struct Name {
@@ -249,7 +298,8 @@ pub(crate) struct Create {
     /// A network interface
     ///
     /// NETWORK, or network=NETWORK[,mac=MAC][,address=IP]...[,id=ID][,mtu=N][,queue-pairs=N][,card=CARD]
-    /// [,security-group=NAME]...[,connections=N].
+    /// [,security-group=NAME]...[,connections=N], and limits as in outboard vm limit:
+    /// [,rate-out=BITS][,rate-in=BITS][,pps-out=N][,pps-in=N], each also with -burst.
     ///
     /// With security groups it gets and sends what their rules allow, and up to N connections (65536) are tracked for it.
     #[arg(long = "nic", short, value_name = "NIC")]
@@ -275,7 +325,7 @@ Examples:
 pub(crate) enum NetworkCommand {
     /// Create a network
     #[command(
-        after_help = "Examples:\n  outboard network create private\n  outboard network create default --tap ob0 --address 10.88.0.1/24\n  outboard network create lan --tap ob1 --prefix 10.89.0.0/24"
+        after_help = "Examples:\n  outboard network create private\n  outboard network create default --tap ob0 --address 10.88.0.1/24\n  outboard network create lan --tap ob1 --prefix 10.89.0.0/24 --nat"
     )]
     Create {
         /// Its name: a-z, 0-9 and '-'
@@ -295,6 +345,11 @@ pub(crate) enum NetworkCommand {
         /// A name server that DHCP tells, up to three times [default: the gateway, if there is an interface of the host]
         #[arg(long = "dns", value_name = "ADDRESS", requires = "prefixes")]
         dns: Vec<Ipv4Addr>,
+        /// Let its VMs reach what the host reaches, under the host's address; needs --tap and --prefix
+        ///
+        /// Nobody out there begins a connection to them. The host needs the package nftables.
+        #[arg(long, requires_all = ["tap", "prefixes"])]
+        nat: bool,
         /// Largest packet in bytes [default: 1500]
         #[arg(long, value_name = "BYTES")]
         mtu: Option<u32>,

@@ -7,15 +7,17 @@ use std::time::Duration;
 use clap::{CommandFactory, Parser};
 use ipnet::IpNet;
 use proto::v1::{
-    BootSource, CreateNetworkRequest, CreateVmRequest, DeleteNetworkRequest, DeleteVmRequest, DeviceLimits,
-    GetVmRequest, ListCardsRequest, ListNetworksRequest, ListVmsRequest, NetworkSpec, RebootVmRequest,
-    ResizeDiskRequest, SetDiskLimitsRequest, StartVmRequest, StopVmRequest, Vm, VmSpec, WatchEventsRequest,
+    BootSource, CaptureNicRequest, CreateNetworkRequest, CreateVmRequest, DeleteNetworkRequest,
+    DeleteVmRequest, GetVmRequest, ListCardsRequest, ListNetworksRequest, ListVmsRequest, NetworkSpec,
+    RebootVmRequest, ResizeDiskRequest, StartVmRequest, StopVmRequest, Vm, VmSpec, WatchEventsRequest,
 };
 
 mod args;
+mod capture;
 mod client;
 mod console;
 mod failure;
+mod limit;
 mod options;
 mod render;
 mod security;
@@ -120,21 +122,15 @@ async fn vm(cli: &Cli, client: &Client, command: &VmCommand) -> Result<(), Failu
             let size = view::DiskSize { disk: disk.clone(), size_bytes: resized.size_bytes };
             render::print(cli.output, &size, || format!("{disk} has {}\n", Size(size.size_bytes)))
         }
-        VmCommand::Limit { vm, disk, iops, iops_burst, bps, bps_burst } => {
-            let limits = DeviceLimits {
-                operations_per_second: *iops,
-                operations_burst: *iops_burst,
-                bytes_per_second: bps.0,
-                bytes_burst: bps_burst.0,
+        VmCommand::Limit(options) => limit::set(cli, client, options).await,
+        VmCommand::Capture { vm, nic, snaplen, count } => {
+            let request = CaptureNicRequest {
+                vm: vm.vm.clone(),
+                nic: nic.clone().unwrap_or_default(),
+                snap_bytes: snaplen.unwrap_or_default(),
+                frames: count.unwrap_or_default(),
             };
-            let request =
-                SetDiskLimitsRequest { vm: vm.vm.clone(), disk: disk.clone(), limits: Some(limits) };
-            let doing = format!("Setting the limits of {disk}");
-            let vm = view::Vm::new(client.wait(&doing, QUICK, api.set_disk_limits(request)).await?, now_us());
-            render::print(cli.output, &vm, || match render::limits(&view::Limits::from(limits)).as_str() {
-                "" => format!("{disk} of {} has no limits\n", vm.name),
-                limits => format!("{disk} of {} may do {limits}\n", vm.name),
-            })
+            capture::run(client, request).await
         }
         VmCommand::Rm { vm, force } => {
             let request = DeleteVmRequest { vm: vm.vm.clone(), force: *force };
@@ -226,7 +222,7 @@ async fn events(cli: &Cli, client: &Client, vm: String) -> Result<(), Failure> {
 async fn network(cli: &Cli, client: &Client, command: &NetworkCommand) -> Result<(), Failure> {
     let mut api = client.api();
     match command {
-        NetworkCommand::Create { name, tap, addresses, prefixes, dns, mtu, card } => {
+        NetworkCommand::Create { name, tap, addresses, prefixes, dns, nat, mtu, card } => {
             let (ipv4_prefix, ipv6_prefix) = by_version(prefixes)?;
             let spec = NetworkSpec {
                 id: name.clone(),
@@ -236,6 +232,7 @@ async fn network(cli: &Cli, client: &Client, command: &NetworkCommand) -> Result
                 ipv4_prefix,
                 ipv6_prefix,
                 dns: dns.iter().map(ToString::to_string).collect(),
+                nat: *nat,
             };
             let card = card.clone().unwrap_or_default();
             let request = CreateNetworkRequest { spec: Some(spec), validate_only: false, card };

@@ -6,7 +6,7 @@ use std::fmt;
 use std::path::PathBuf;
 use std::str::FromStr;
 
-use proto::v1::{DeviceLimits, DiskSpec, ImageFormat, NicSpec};
+use proto::v1::{DeviceLimits, DiskSpec, ImageFormat, NetLimits, NicSpec};
 
 /// A size in bytes, written with K, M, G or T for powers of 1024.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -19,19 +19,50 @@ impl FromStr for Size {
 
     fn from_str(s: &str) -> Result<Self, String> {
         let bad = || format!("\"{s}\" is no size; write it like 512M or 4G (K, M, G, T are powers of 1024)");
-        let upper = s.to_ascii_uppercase();
-        let unit = UNITS.iter().find(|(unit, _)| upper.ends_with(*unit));
-        let (digits, shift) = match unit {
-            Some((unit, shift)) => (upper.trim_end_matches(*unit), *shift),
-            None => (upper.as_str(), 0),
-        };
-        // `parse` would take a sign, and trimming more than one unit.
-        let exact = digits.len() + usize::from(unit.is_some()) == upper.len();
-        if digits.is_empty() || !exact || !digits.bytes().all(|c| c.is_ascii_digit()) {
-            return Err(bad());
-        }
-        let number: u64 = digits.parse().map_err(|_| bad())?;
+        let (number, unit) = with_unit(s).ok_or_else(bad)?;
+        let shift = unit.map_or(0, |(_, shift)| *shift);
         number.checked_mul(1 << shift).map(Self).ok_or_else(|| format!("\"{s}\" is more than 2^64 bytes"))
+    }
+}
+
+/// A number and what stands behind it.
+fn with_unit(s: &str) -> Option<(u64, Option<&(char, u32)>)> {
+    let upper = s.to_ascii_uppercase();
+    let unit = UNITS.iter().find(|(unit, _)| upper.ends_with(*unit));
+    let digits = unit.map_or(Some(upper.as_str()), |(unit, _)| upper.strip_suffix(*unit))?;
+    // `parse` would take a sign.
+    let number = !digits.is_empty() && digits.bytes().all(|c| c.is_ascii_digit());
+    Some((number.then(|| digits.parse().ok())??, unit))
+}
+
+/// A number of bits or packets, written with K, M, G or T for powers of 1000, as is the custom with networks.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub(crate) struct Decimal(pub u64);
+
+impl FromStr for Decimal {
+    type Err = String;
+
+    fn from_str(s: &str) -> Result<Self, String> {
+        let bad =
+            || format!("\"{s}\" is no number; write it like 100K or 1G (K, M, G, T are powers of 1000)");
+        let (number, unit) = with_unit(s).ok_or_else(bad)?;
+        let thousands = unit.map_or(0, |(_, shift)| shift / 10);
+        number
+            .checked_mul(1000_u64.pow(thousands))
+            .map(Self)
+            .ok_or_else(|| format!("\"{s}\" is more than 2^64"))
+    }
+}
+
+impl fmt::Display for Decimal {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let times = |shift: u32| 1000_u64.pow(shift / 10);
+        let largest =
+            UNITS.iter().rev().find(|(_, shift)| self.0 != 0 && self.0.is_multiple_of(times(*shift)));
+        match largest {
+            Some((unit, shift)) => write!(f, "{}{unit}", self.0 / times(*shift)),
+            None => write!(f, "{}", self.0),
+        }
     }
 }
 
@@ -99,7 +130,7 @@ impl FromStr for NicOption {
     type Err = String;
 
     fn from_str(s: &str) -> Result<Self, String> {
-        let mut nic = NicSpec::default();
+        let (mut nic, mut limits) = (NicSpec::default(), NetLimits::default());
         for pair in Pairs::new(s, "network") {
             match pair.key.as_str() {
                 "network" => nic.network = pair.value()?,
@@ -114,13 +145,23 @@ impl FromStr for NicOption {
                     nic.security_groups.extend(groups.split('+').map(str::to_owned));
                 }
                 "connections" => nic.max_connections = pair.number()?,
+                "rate-out" => limits.bits_per_second_out = pair.decimal()?,
+                "rate-out-burst" => limits.bits_burst_out = pair.decimal()?,
+                "rate-in" => limits.bits_per_second_in = pair.decimal()?,
+                "rate-in-burst" => limits.bits_burst_in = pair.decimal()?,
+                "pps-out" => limits.packets_per_second_out = pair.decimal()?,
+                "pps-out-burst" => limits.packets_burst_out = pair.decimal()?,
+                "pps-in" => limits.packets_per_second_in = pair.decimal()?,
+                "pps-in-burst" => limits.packets_burst_in = pair.decimal()?,
                 _ => {
-                    let known =
-                        "network, id, mac, address, mtu, queue-pairs, card, security-group, connections";
+                    let known = "network, id, mac, address, mtu, queue-pairs, card, security-group, connections, and rate-out, rate-in, pps-out, \
+                                 pps-in, each of these also with -burst";
                     return Err(pair.unknown(known));
                 }
             }
         }
+        limits.check().map_err(|e| e.message().to_owned())?;
+        nic.limits = Some(limits).filter(|l| !l.is_none());
         if nic.network.is_empty() {
             return Err("an interface needs a network: --nic default or --nic network=default".to_owned());
         }
@@ -212,6 +253,12 @@ impl Pair {
         let key = self.key.clone();
         let size: Size = self.value()?.parse().map_err(|e| format!("{key}: {e}"))?;
         Ok(size.0)
+    }
+
+    fn decimal(self) -> Result<u64, String> {
+        let key = self.key.clone();
+        let number: Decimal = self.value()?.parse().map_err(|e| format!("{key}: {e}"))?;
+        Ok(number.0)
     }
 
     fn flag(self) -> Result<bool, String> {
@@ -318,6 +365,18 @@ mod tests {
             Ok(("web a b".to_owned(), 100))
         );
         assert!(nic("lan,security-group=").is_err() && nic("lan,connections=x").is_err());
+        let limits = NetLimits {
+            bits_per_second_out: 1_000_000_000,
+            bits_burst_out: 5_000_000,
+            packets_per_second_in: 100_000,
+            ..NetLimits::default()
+        };
+        let option = "lan,rate-out=1G,rate-out-burst=5M,pps-in=100k";
+        assert_eq!(nic(option).map(|n| n.limits), Ok(Some(limits)));
+        assert_eq!(nic("lan,rate-in=0").map(|n| n.limits), Ok(None));
+        assert!(nic("lan,rate-in=fast").expect_err("no number").contains("powers of 1000"));
+        assert!(nic("lan,rate-in=1k").expect_err("too little").contains("32768"));
+        assert!(nic("lan,pps-out-burst=5").expect_err("no limit").contains("without a limit"));
         assert!(nic("mac=02:00:00:00:00:01").is_err());
         assert!(nic("default,queue_pairs=2").expect_err("unknown").contains("queue-pairs"));
     }
@@ -326,6 +385,11 @@ mod tests {
         #[test]
         fn a_size_prints_as_it_parses(bytes: u64) {
             prop_assert_eq!(Size(bytes).to_string().parse(), Ok(Size(bytes)));
+        }
+
+        #[test]
+        fn a_decimal_prints_as_it_parses(number: u64) {
+            prop_assert_eq!(Decimal(number).to_string().parse(), Ok(Decimal(number)));
         }
 
         #[test]

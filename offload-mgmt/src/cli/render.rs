@@ -9,9 +9,9 @@ use serde::Serialize;
 
 use super::args::Output;
 use super::failure::{BUG, Failure};
-use super::options::Size;
+use super::options::{Decimal, Size};
 use super::view::security::SecurityGroup;
-use super::view::{Card, Event, Limits, Network, Stats, Vm, What};
+use super::view::{Card, Event, Limits, NetLimits, Network, Stats, Vm, What};
 
 /// Prints `text`, or `json` as one document.
 ///
@@ -100,13 +100,14 @@ pub(crate) fn vm(vm: &Vm) -> String {
         let queues = n.queue_pairs.to_string();
         let addresses = n.addresses.join(" ");
         let groups = n.security_groups.join(" ");
-        let (id, network, card) = (n.id.clone(), n.network.clone(), n.card.clone());
-        vec![id, network, card, n.mac.clone(), addresses, groups, queues, pci, link]
+        let (network, card, limits) = (n.network.clone(), n.card.clone(), net_limits(&n.limits));
+        vec![n.id.clone(), network, card, n.mac.clone(), addresses, groups, queues, limits, pci, link]
     });
     if !vm.nics.is_empty() {
         text.push('\n');
-        text +=
-            &table(&["NIC", "NETWORK", "CARD", "MAC", "ADDRESSES", "GROUPS", "PAIRS", "PCI", "LINK"], nics);
+        let columns =
+            ["NIC", "NETWORK", "CARD", "MAC", "ADDRESSES", "GROUPS", "PAIRS", "LIMITS", "PCI", "LINK"];
+        text += &table(&columns, nics);
     }
     text
 }
@@ -124,6 +125,31 @@ pub(crate) fn limits(limits: &Limits) -> String {
     let size = |n| Size(n).to_string();
     add(set(limits.bytes_per_second).map(|n| format!("{}/s", size(n))), set(limits.bytes_burst).map(size));
     words.join(", ")
+}
+
+/// A network interface's limits in words; empty if there are none.
+pub(crate) fn net_limits(limits: &NetLimits) -> String {
+    let NetLimits {
+        bits_per_second_out,
+        bits_burst_out,
+        packets_per_second_out,
+        packets_burst_out,
+        bits_per_second_in,
+        bits_burst_in,
+        packets_per_second_in,
+        packets_burst_in,
+    } = *limits;
+    let all = [
+        (bits_per_second_out, bits_burst_out, "bit/s out"),
+        (packets_per_second_out, packets_burst_out, "packets/s out"),
+        (bits_per_second_in, bits_burst_in, "bit/s in"),
+        (packets_per_second_in, packets_burst_in, "packets/s in"),
+    ];
+    let words = all.into_iter().filter(|(rate, ..)| *rate > 0).map(|(rate, burst, unit)| match burst {
+        0 => format!("{} {unit}", Decimal(rate)),
+        _ => format!("{} {unit} (burst {})", Decimal(rate), Decimal(burst)),
+    });
+    words.collect::<Vec<_>>().join(", ")
 }
 
 /// `outboard vm stats`
@@ -194,6 +220,13 @@ pub(crate) fn stats(stats: &Stats) -> String {
             drops.iter().filter(|(_, n)| **n > 0).map(|(reason, n)| format!("{reason} {n}")).collect();
         if !told.is_empty() {
             let _ = writeln!(text, "\nFrames not taken from or given to {device}: {}", told.join(", "));
+        }
+    }
+    for (device, allowances) in stats.devices.iter().filter_map(|d| Some((&d.id, d.allowances.as_ref()?))) {
+        let told: Vec<_> =
+            allowances.iter().filter(|(_, n)| **n > 0).map(|(name, n)| format!("{name} {n}")).collect();
+        if !told.is_empty() {
+            let _ = writeln!(text, "\nLimits of {device} that were reached: {}", told.join(", "));
         }
     }
     text
@@ -330,6 +363,10 @@ mod tests {
     fn limits_are_said_in_words() {
         let none = Limits { iops: 0, iops_burst: 0, bytes_per_second: 0, bytes_burst: 0 };
         assert_eq!(limits(&none), "");
+        let net = proto::v1::NetLimits { bits_per_second_out: 1_000_000_000, ..Default::default() };
+        assert_eq!(net_limits(&net.into()), "1G bit/s out");
+        let net = proto::v1::NetLimits { packets_per_second_in: 1500, packets_burst_in: 2000, ..net };
+        assert_eq!(net_limits(&net.into()), "1G bit/s out, 1500 packets/s in (burst 2K)");
         assert_eq!(limits(&Limits { iops: 500, ..none }), "500 IOPS");
         let all = Limits { iops: 500, iops_burst: 900, bytes_per_second: 20 << 20, bytes_burst: 1 << 30 };
         assert_eq!(limits(&all), "500 IOPS (burst 900), 20M/s (burst 1G)");

@@ -111,6 +111,29 @@ pub(crate) struct Nic {
     pub security_groups: Vec<String>,
     /// Connections that are tracked for it at a time; 0: 65536.
     pub max_connections: u32,
+    /// What the guest may do with it per second.
+    pub limits: NetLimits,
+}
+
+/// Limits of a network interface; 0: none.
+#[derive(Debug, Serialize)]
+pub(crate) struct NetLimits {
+    /// Bits per second from the guest.
+    pub bits_per_second_out: u64,
+    /// Bits from the guest at once after a pause; 0: a hundredth of a second's.
+    pub bits_burst_out: u64,
+    /// Packets per second from the guest.
+    pub packets_per_second_out: u64,
+    /// Packets from the guest at once after a pause; 0: a hundredth of a second's.
+    pub packets_burst_out: u64,
+    /// Bits per second to the guest.
+    pub bits_per_second_in: u64,
+    /// As `bits_burst_out`.
+    pub bits_burst_in: u64,
+    /// Packets per second to the guest.
+    pub packets_per_second_in: u64,
+    /// As `packets_burst_out`.
+    pub packets_burst_in: u64,
 }
 
 /// A device's link.
@@ -236,6 +259,8 @@ pub(crate) struct DeviceStats {
     pub queues: Vec<QueueStats>,
     /// Of a NIC: frames that its network did not take from it or did not give it, by reason; null for other devices.
     pub drops: Option<BTreeMap<&'static str, u64>>,
+    /// Of a NIC: what its limits did; null for other devices.
+    pub allowances: Option<BTreeMap<&'static str, u64>>,
 }
 
 /// Requests of one kind, over all queues of a device. Latencies are what the card took, without what came before and
@@ -343,8 +368,25 @@ impl From<v1::NicSpec> for Nic {
             addresses,
             security_groups,
             max_connections,
+            limits,
         } = n;
-        Self { id, network, mac, addresses, mtu, queue_pairs, card, security_groups, max_connections }
+        let limits = limits.unwrap_or_default().into();
+        Self { id, network, mac, addresses, mtu, queue_pairs, card, security_groups, max_connections, limits }
+    }
+}
+
+impl From<v1::NetLimits> for NetLimits {
+    fn from(l: v1::NetLimits) -> Self {
+        Self {
+            bits_per_second_out: l.bits_per_second_out,
+            bits_burst_out: l.bits_burst_out,
+            packets_per_second_out: l.packets_per_second_out,
+            packets_burst_out: l.packets_burst_out,
+            bits_per_second_in: l.bits_per_second_in,
+            bits_burst_in: l.bits_burst_in,
+            packets_per_second_in: l.packets_per_second_in,
+            packets_burst_in: l.packets_burst_in,
+        }
     }
 }
 
@@ -438,6 +480,7 @@ impl From<v1::DeviceStats> for DeviceStats {
             operations: operations(&d.queues),
             queues: d.queues.into_iter().map(QueueStats::from).collect(),
             drops: d.drops.map(|drops| drops.by_reason().into_iter().collect()),
+            allowances: d.allowances.map(|a| a.by_name().into_iter().collect()),
         }
     }
 }

@@ -18,8 +18,7 @@ use proto::v1::network_card_client::NetworkCardClient;
 use proto::v1::storage_card_client::StorageCardClient;
 use proto::v1::{
     CardInfo, CreateDeviceRequest, CreateNetworkRequest, DeleteDeviceRequest, DeleteNetworkRequest, Device,
-    DeviceLimits, DeviceSpec, DeviceStats, GetCardStatsRequest, IdentifyRequest, Network, NetworkSpec,
-    ResizeDeviceRequest, SecurityGroupSpec, SetLimitsRequest,
+    DeviceLimits, DeviceSpec, DeviceStats, GetCardStatsRequest, IdentifyRequest, NetLimits, Network, NetworkSpec, ResizeDeviceRequest, SecurityGroupSpec, SetLimitsRequest,
 };
 use tokio::sync::{Notify, OwnedMutexGuard};
 use tonic::transport::Channel;
@@ -158,9 +157,14 @@ impl Card {
     ///
     /// # Errors
     /// CARD_UNREACHABLE, or why the card does not do it. It is to be as it was before; [`Card::look_after`] sees to that.
-    pub(crate) async fn set_limits(&self, id: &str, limits: Option<DeviceLimits>) -> Result<(), Error> {
+    pub(crate) async fn set_limits(
+        &self,
+        id: &str,
+        limits: Option<DeviceLimits>,
+        net_limits: Option<NetLimits>,
+    ) -> Result<(), Error> {
         let _alone = self.alone(id).await;
-        let request = SetLimitsRequest { id: id.to_owned(), limits };
+        let request = SetLimitsRequest { id: id.to_owned(), limits, net_limits };
         let answer = self
             .call(|c| {
                 let request = request.clone();
@@ -177,7 +181,7 @@ impl Card {
             Ok(_) => {}
         }
         if let Some(spec) = self.wanted().devices.get_mut(id) {
-            spec.limits = limits;
+            (spec.limits, spec.net_limits) = (limits, net_limits);
         }
         Ok(())
     }
@@ -506,7 +510,8 @@ impl Card {
         answer
     }
 
-    fn error(&self, failure: Failure) -> Error {
+    /// What a failed call is to a caller.
+    pub(crate) fn error(&self, failure: Failure) -> Error {
         failure.or_else(|why| {
             let socket = self.socket.display().to_string();
             Error::new(

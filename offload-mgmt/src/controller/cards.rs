@@ -136,15 +136,16 @@ impl Cards {
     /// # Errors
     /// INVALID_FIELD for a card that is no longer configured.
     pub(crate) fn devices_of(&self, vm: &str, spec: &VmSpec) -> Result<Vec<Placed>, Error> {
-        let disks = spec.disks.iter().map(|d| (d.id.as_str(), d.card.as_str(), block(d), d.limits));
-        let nics = spec.nics.iter().map(|n| (n.id.as_str(), n.card.as_str(), net(n, &spec.name), None));
+        let disks = spec.disks.iter().map(|d| (d.id.as_str(), d.card.as_str(), block(d), d.limits, None));
+        let nics =
+            spec.nics.iter().map(|n| (n.id.as_str(), n.card.as_str(), net(n, &spec.name), None, n.limits));
         disks
             .chain(nics)
-            .map(|(slot, card, kind, limits)| {
+            .map(|(slot, card, kind, limits, net_limits)| {
                 Ok(Placed {
                     slot: slot.to_owned(),
                     card: Arc::clone(self.get(card)?),
-                    spec: DeviceSpec { id: device_id(vm, slot), kind: Some(kind), limits },
+                    spec: DeviceSpec { id: device_id(vm, slot), kind: Some(kind), limits, net_limits },
                 })
             })
             .collect()

@@ -13,6 +13,7 @@ use tonic::Code;
 use crate::runner::Runner;
 
 mod addresses;
+mod capture;
 mod card;
 mod cards;
 mod clock;

@@ -8,14 +8,7 @@ use proto::error::Error;
 use proto::v1::controller_server::Controller as Api;
 use proto::v1::hypervisor_client::HypervisorClient;
 use proto::v1::{
-    CardStatus, ChangeSecurityGroupRequest, ConsoleInput, ConsoleOutput, CreateNetworkRequest,
-    CreateSecurityGroupRequest, CreateVmRequest, DeleteNetworkRequest, DeleteNetworkResponse,
-    DeleteSecurityGroupRequest, DeleteSecurityGroupResponse, DeleteVmRequest, DeleteVmResponse, Event,
-    GetInfoRequest, GetStatsRequest, GetVmRequest, ListCardsRequest, ListCardsResponse, ListNetworksRequest,
-    ListNetworksResponse, ListSecurityGroupsRequest, ListSecurityGroupsResponse, ListVmsRequest,
-    ListVmsResponse, Network, RebootVmRequest, ResizeDiskRequest, ResizeDiskResponse, SecurityGroup,
-    SetDiskLimitsRequest, SlotInfo, StartVmRequest, StopVmRequest, Vm as VmMessage, VmStats,
-    WatchEventsRequest,
+    CaptureNicRequest, CapturePart, CardStatus, ChangeSecurityGroupRequest, ConsoleInput, ConsoleOutput, CreateNetworkRequest, CreateSecurityGroupRequest, CreateVmRequest, DeleteNetworkRequest, DeleteNetworkResponse, DeleteSecurityGroupRequest, DeleteSecurityGroupResponse, DeleteVmRequest, DeleteVmResponse, Event, GetInfoRequest, GetStatsRequest, GetVmRequest, ListCardsRequest, ListCardsResponse, ListNetworksRequest, ListNetworksResponse, ListSecurityGroupsRequest, ListSecurityGroupsResponse, ListVmsRequest, ListVmsResponse, Network, RebootVmRequest, ResizeDiskRequest, ResizeDiskResponse, SecurityGroup, SetDiskLimitsRequest, SetNicLimitsRequest, SlotInfo, StartVmRequest, StopVmRequest, Vm as VmMessage, VmStats, WatchEventsRequest,
 };
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming};
@@ -163,6 +156,19 @@ impl Api for Controller {
         .await
     }
 
+    async fn set_nic_limits(
+        &self,
+        request: Request<SetNicLimitsRequest>,
+    ) -> Result<Response<VmMessage>, Status> {
+        let SetNicLimitsRequest { vm, nic, limits } = request.into_inner();
+        let (this, vm) = (self.clone(), self.find(&vm)?);
+        detached(async move {
+            vm.set_nic_limits(&nic, limits.filter(|l| !l.is_none())).await?;
+            Ok(this.shown(&vm).await)
+        })
+        .await
+    }
+
     async fn delete_vm(
         &self,
         request: Request<DeleteVmRequest>,
@@ -185,6 +191,15 @@ impl Api for Controller {
         let vm = request.into_inner().vm;
         let id = if vm.is_empty() { None } else { Some(self.find(&vm)?.id.clone()) };
         Ok(Response::new(ReceiverStream::new(self.ctx.events.watch(id))))
+    }
+
+    type CaptureNicStream = ReceiverStream<Result<CapturePart, Status>>;
+
+    async fn capture_nic(
+        &self,
+        request: Request<CaptureNicRequest>,
+    ) -> Result<Response<Self::CaptureNicStream>, Status> {
+        Ok(Response::new(self.open_capture(request.into_inner()).await?))
     }
 
     type ConsoleStream = ReceiverStream<Result<ConsoleOutput, Status>>;

@@ -163,6 +163,8 @@ fn complete_nic(i: usize, nic: &mut NicSpec) -> Result<(), Error> {
         *address = parsed.to_string();
     }
     security::check_nic(i, nic)?;
+    nic.limits = nic.limits.filter(|l| !l.is_none());
+    nic.limits.unwrap_or_default().check().map_err(|e| e.resource(nic.id.clone()))?;
     if nic.mtu != 0 {
         check_mtu(&format!("spec.nics[{i}].mtu"), nic.mtu)?;
     }

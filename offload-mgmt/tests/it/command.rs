@@ -301,3 +301,49 @@ async fn events_are_lines_of_json() {
     assert_eq!(events.last().map(|e| e["event"].clone()), Some("deleted".into()));
     assert!(events.windows(2).all(|w| w[0]["sequence"].as_u64() < w[1]["sequence"].as_u64()));
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_capture_goes_to_standard_output_and_its_counts_to_standard_error() {
+    let (setup, mut client) = Setup::new().await;
+    let vm = client.create_vm(setup.request("web")).await.expect("create").into_inner();
+    let captured = run(&setup.api_socket(), &["vm", "capture", "web", "-c", "3", "-s", "96"]).await;
+    let parts: String = (1..=3).map(|i| format!("{i} {}-nic0 96 3;", vm.id)).collect();
+    assert_eq!((captured.status, captured.out), (0, parts));
+    assert_eq!(captured.err, "3 frames captured\n");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn limits_are_of_a_disk_or_of_an_interface() {
+    let (setup, mut client) = Setup::new().await;
+    client.create_vm(setup.request("web")).await.expect("create");
+    let socket = setup.api_socket();
+    let limit = |args: &[&str]| {
+        let args = [&["vm", "limit", "web"], args].concat();
+        let socket = socket.clone();
+        let args: Vec<String> = args.iter().map(|a| (*a).to_owned()).collect();
+        async move { run(&socket, &args.iter().map(String::as_str).collect::<Vec<_>>()).await }
+    };
+    let set = limit(&["nic0", "--rate-out", "1G", "--pps-in", "100k", "--pps-in-burst", "2k"]).await;
+    assert_eq!(set.out, "nic0 of web may do 1G bit/s out, 100K packets/s in (burst 2K)\n", "{}", set.err);
+    assert_eq!(limit(&["disk0", "--iops", "500"]).await.out, "disk0 of web may do 500 IOPS\n");
+    let shown = run(&socket, &["vm", "show", "web"]).await.out;
+    assert!(shown.contains("1G bit/s out, 100K packets/s in (burst 2K)"), "{shown}");
+
+    let wrong = limit(&["nic0", "--iops", "5"]).await;
+    assert_eq!(wrong.status, 1);
+    assert!(
+        wrong.err.contains("nic0 is a network interface") && wrong.err.contains("--rate-out"),
+        "{}",
+        wrong.err
+    );
+    let wrong = limit(&["disk0", "--rate-in", "1G"]).await;
+    assert!(wrong.err.contains("disk0 is a disk") && wrong.err.contains("--iops"), "{}", wrong.err);
+    let missing = limit(&["nic9", "--rate-in", "1G"]).await;
+    assert!(missing.err.contains("no network interface \"nic9\""), "{}", missing.err);
+    assert_eq!(limit(&["nic0"]).await.out, "nic0 of web has no limits\n");
+    assert_eq!(on_card(&setup), [None]);
+}
+
+fn on_card(setup: &Setup) -> Vec<Option<proto::v1::NetLimits>> {
+    setup.net.state().devices.values().map(|d| d.net_limits).collect()
+}

@@ -1,7 +1,9 @@
 //! What a VM may do with its disks per second.
 
 use proto::error::ErrorReason;
-use proto::v1::{DeviceLimits, SetDiskLimitsRequest, StartVmRequest, StopVmRequest};
+use proto::v1::{
+    DeviceLimits, NetLimits, SetDiskLimitsRequest, SetNicLimitsRequest, StartVmRequest, StopVmRequest,
+};
 
 use crate::support::{Client, Setup, error, reason, show, until};
 
@@ -72,4 +74,50 @@ async fn what_cannot_be_set_changes_nothing() {
     assert_eq!(shown(&mut client).await, [None, None]);
     setup.crash().await;
     assert_eq!(shown(&mut setup.start().await).await, [None, None]);
+}
+
+fn rate_out(bits_per_second_out: u64) -> NetLimits {
+    NetLimits { bits_per_second_out, ..NetLimits::default() }
+}
+
+fn nic_request(nic: &str, limits: NetLimits) -> SetNicLimitsRequest {
+    SetNicLimitsRequest { vm: "web".into(), nic: nic.into(), limits: Some(limits) }
+}
+
+fn on_net_card(setup: &Setup) -> Vec<Option<NetLimits>> {
+    setup.net.state().devices.values().map(|d| d.net_limits).collect()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_interface_has_its_limits_from_its_creation_on_and_keeps_new_ones() {
+    let (mut setup, mut client) = Setup::new().await;
+    let mut create = setup.request("web");
+    create.spec.as_mut().expect("spec").nics[0].limits = Some(rate_out(1_000_000));
+    client.create_vm(create).await.expect("create");
+    assert_eq!(on_net_card(&setup), [Some(rate_out(1_000_000))]);
+    let vm =
+        client.set_nic_limits(nic_request("nic0", rate_out(2_000_000))).await.expect("limit").into_inner();
+    assert_eq!(vm.spec.expect("spec").nics[0].limits, Some(rate_out(2_000_000)));
+    assert_eq!(on_net_card(&setup), [Some(rate_out(2_000_000))]);
+
+    // A disk is no interface, nor the other way round.
+    let e = error(client.set_nic_limits(nic_request("disk0", rate_out(2_000_000))).await);
+    assert_eq!(e.reason(), ErrorReason::DeviceNotFound);
+    let e = error(client.set_disk_limits(request("nic0", iops(1))).await);
+    assert_eq!(e.reason(), ErrorReason::DeviceNotFound);
+    assert_eq!(
+        reason(client.set_nic_limits(nic_request("nic0", rate_out(1))).await),
+        ErrorReason::InvalidField
+    );
+
+    for device in setup.net.state().devices.values_mut() {
+        device.net_limits = None;
+    }
+    setup.crash().await;
+    let mut client = setup.start().await;
+    until("the limits to be back", || on_net_card(&setup) == [Some(rate_out(2_000_000))]).await;
+    let nics = show(&mut client, "web").await.spec.expect("spec").nics;
+    assert_eq!(nics[0].limits, Some(rate_out(2_000_000)));
+    client.set_nic_limits(nic_request("nic0", NetLimits::default())).await.expect("unlimit");
+    assert_eq!(on_net_card(&setup), [None]);
 }

@@ -1,5 +1,6 @@
 //! The controller and the command against cards and hypervisors that fail on demand.
 
+mod capture;
 mod cards;
 mod command;
 mod create;

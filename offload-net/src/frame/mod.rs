@@ -117,6 +117,15 @@ impl Frame<'_> {
         self.head.len() + self.tail_bytes.len
     }
 
+    /// Packets and bytes that it is on a wire, where a super-frame goes as the segments it stands for.
+    pub fn on_wire(&self) -> (u64, u64) {
+        let bytes = self.bytes() as u64;
+        let Some(gso) = self.offloads.gso else { return (1, bytes) };
+        let headers = u64::from(gso.headers);
+        let segments = bytes.saturating_sub(headers).div_ceil(u64::from(gso.mss.max(1))).max(1);
+        (segments, bytes + (segments - 1) * headers)
+    }
+
     /// Copies its bytes from `start` on into `to`; false if there are not so many.
     pub fn copy_out(&self, start: usize, to: &mut [u8]) -> bool {
         let in_head = self.head.get(start..).unwrap_or_default();

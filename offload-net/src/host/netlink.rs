@@ -44,17 +44,18 @@ impl fmt::Display for Prefix {
     }
 }
 
-/// Sets an interface up with this MTU, and this MAC address if one is given.
+/// Sets an interface up with this MTU, in this link group, and with this MAC address if one is given.
 ///
 /// # Errors
 /// The kernel's answer, or no answer within a second.
-pub fn set_up(index: u32, mtu: u32, mac: Option<MacAddr>) -> io::Result<()> {
+pub fn set_up(index: u32, mtu: u32, group: u32, mac: Option<MacAddr>) -> io::Result<()> {
     const IFLA_MTU: u16 = libc::IFLA_MTU;
     let up = libc::IFF_UP as u32;
     let mut m = Message::new(libc::RTM_NEWLINK, 0);
     // struct ifinfomsg: family, padding, type, index, flags, change mask.
     m.put(&[0, 0, 0, 0]).put(&index.to_ne_bytes()).put(&up.to_ne_bytes()).put(&up.to_ne_bytes());
     m.attribute(IFLA_MTU, &mtu.to_ne_bytes());
+    m.attribute(libc::IFLA_GROUP, &group.to_ne_bytes());
     if let Some(mac) = mac {
         m.attribute(libc::IFLA_ADDRESS, &mac.0);
     }

@@ -9,6 +9,7 @@ use nix::errno::Errno;
 use proto::error::{Error, ErrorReason};
 use tonic::Code;
 
+use super::nat;
 use super::netlink::{self, Prefix};
 use super::udev;
 use crate::frame::Frame;
@@ -83,19 +84,26 @@ impl Tap {
         Ok(Self { fd, name: name.to_owned(), index })
     }
 
-    /// Sets the interface up, with its MTU, its MAC address if one is given, and the host's addresses on it. May wait for
-    /// udev.
+    /// Sets the interface up, with its MTU, its MAC address if one is given, the host's addresses on it, and the link group
+    /// that says whether it belongs to a network with NAT. May wait for udev.
     ///
     /// # Errors
     /// What the kernel refuses, e.g. an address without IPv6 in the kernel.
-    pub fn configure(&self, mtu: u32, mac: Option<MacAddr>, addresses: &[Prefix]) -> Result<(), Error> {
+    pub fn configure(
+        &self,
+        mtu: u32,
+        mac: Option<MacAddr>,
+        addresses: &[Prefix],
+        nat: bool,
+    ) -> Result<(), Error> {
         if mac.is_some() && !udev::settle(self.index) {
             tracing::warn!(
                 tap = self.name,
                 "udev has not been done with it in time, and may change its MAC address"
             );
         }
-        netlink::set_up(self.index, mtu, mac)
+        let group = if nat { nat::GROUP_NAT } else { nat::GROUP_PLAIN };
+        netlink::set_up(self.index, mtu, group, mac)
             .map_err(|e| host_error(&self.name, &format!("set up with MTU {mtu}"), &e))?;
         for a in addresses {
             netlink::add_address(self.index, *a)
@@ -262,7 +270,7 @@ mod tests {
         let exists = || nix::net::if_::if_nametoindex("ob-test0").ok();
         let index = {
             let tap = Tap::open("ob-test0").unwrap();
-            tap.configure(1400, None, &addresses).unwrap();
+            tap.configure(1400, None, &addresses, false).unwrap();
             let busy = Tap::open("ob-test0").unwrap_err();
             assert!(busy.message().contains("in use by another process"), "{busy}");
             exists().unwrap()
@@ -270,7 +278,7 @@ mod tests {
         // A card that was killed: the descriptor is closed, nothing else was done.
         assert_eq!(exists(), Some(index));
         let again = Tap::open("ob-test0").unwrap();
-        again.configure(1400, None, &addresses).unwrap();
+        again.configure(1400, None, &addresses, true).unwrap();
         assert_eq!(exists(), Some(index));
         std::net::UdpSocket::bind("10.88.0.1:0").unwrap();
         std::net::UdpSocket::bind("[fd00:88::1]:0").unwrap();

@@ -1,6 +1,7 @@
 //! A network: one thread, and the handle that others have on it.
 
 mod addressed;
+pub mod allowance;
 pub mod backlog;
 pub mod rx;
 pub mod tx;
@@ -14,16 +15,19 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use offload_card::poll::{PollPolicy, Sender, mailbox};
+use offload_card::qos::NetLimits;
 use offload_card::ring::{Ring, RingState};
 use proto::error::{Error, ErrorReason};
 use tonic::Code;
 
+use crate::capture::Sink;
 use crate::conntrack::Filter;
 use crate::drops::Drops;
 use crate::mac::MacAddr;
 use crate::security::rules::Rules;
 use crate::subnet::{Interface, Subnet};
 use crate::switch::PortId;
+use allowance::Exceeded;
 use uplink::Uplink;
 use worker::{Taken, Task, Worker};
 
@@ -124,6 +128,34 @@ impl Network {
     /// Takes it back. `None`: no answer before `deadline`. The inner `None`: it was not started.
     pub fn stop_queue(&self, port: PortId, index: u16, deadline: Instant) -> Option<Option<RingState>> {
         self.ask(|reply| Task::Stop(port, index, reply), deadline)
+    }
+
+    /// From now on a device does no more than `limits` allow; what they did is counted in `exceeded`.
+    pub fn limit(&self, port: PortId, limits: NetLimits, exceeded: Arc<Exceeded>) {
+        self.tell(Task::Limit(port, limits, exceeded));
+    }
+
+    /// Has a device's frames captured from now on.
+    ///
+    /// # Errors
+    /// It has enough captures already.
+    pub fn capture(&self, port: PortId, sink: Sink) -> Result<(), Error> {
+        let deadline = Instant::now() + PATIENCE;
+        match self.ask(|reply| Task::Capture(port, Box::new(sink), reply), deadline) {
+            Some(true) => Ok(()),
+            Some(false) => Err(Error::new(
+                Code::ResourceExhausted,
+                ErrorReason::WrongState,
+                format!("the interface has {} captures already", crate::capture::PER_DEVICE),
+            )
+            .remedy("end one of them first")),
+            None => Err(no_answer()),
+        }
+    }
+
+    /// A capture's reader has room again.
+    pub(crate) fn flush_captures(&self) {
+        self.tell(Task::FlushCaptures);
     }
 
     /// Deletes the network's TAP.

@@ -101,6 +101,11 @@ impl RxQueue {
         }
     }
 
+    /// Counts a frame that the device's limits do not admit.
+    pub fn refuse(&mut self) {
+        self.ring.counters().dropped.add(1);
+    }
+
     fn deliver_or_keep(&mut self, frame: &Frame<'_>) {
         let waits = !self.backlog.is_empty();
         let room = if waits { Room::Later } else { self.deliver_one(frame) };

@@ -27,6 +27,8 @@ pub struct UplinkSpec {
     pub addresses: Vec<Prefix>,
     /// Its MAC address; `None`: the kernel's choice.
     pub mac: Option<MacAddr>,
+    /// Its network has NAT.
+    pub nat: bool,
 }
 
 impl UplinkSpec {
@@ -38,7 +40,7 @@ impl UplinkSpec {
     pub fn open(&self) -> Result<Tap, Error> {
         let existed = nix::net::if_::if_nametoindex(self.tap.as_str()).is_ok();
         let tap = Tap::open(&self.tap)?;
-        if let Err(e) = tap.configure(self.mtu, self.mac, &self.addresses) {
+        if let Err(e) = tap.configure(self.mtu, self.mac, &self.addresses, self.nat) {
             if !existed && let Err(e) = tap.remove() {
                 tracing::warn!("{e}");
             }

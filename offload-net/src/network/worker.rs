@@ -12,16 +12,19 @@ use std::sync::Arc;
 use std::sync::mpsc::SyncSender;
 
 use offload_card::poll::{Next, Order, Pacer, PollPolicy, Poller, Receiver};
+use offload_card::qos::NetLimits;
 use offload_card::ring::{Ring, RingState};
 use proto::error::{Error, ErrorReason};
 use tonic::Code;
 use vm_memory::VolatileSlice;
 
 use super::addressed::Addressed;
+use super::allowance::{Allowance, Exceeded, Waiting};
 use super::rx::RxQueue;
 use super::tx::{self, TxHead, TxQueue};
 use super::uplink::Uplink;
 use super::{RX, TX};
+use crate::capture::{self, Direction, Sink};
 use crate::conntrack::Filter;
 use crate::drops::{DropReason, Drops};
 use crate::frame::header::{LEN, VnetHeader};
@@ -63,6 +66,12 @@ pub(super) enum Task {
     Start(PortId, Box<Ring>, SyncSender<Result<(), Error>>),
     /// A queue of a device stops, if it was started.
     Stop(PortId, u16, SyncSender<Option<RingState>>),
+    /// A device is to do no more than this from now on.
+    Limit(PortId, NetLimits, Arc<Exceeded>),
+    /// A device's frames are to be captured. False: it has enough captures.
+    Capture(PortId, Box<Sink>, SyncSender<bool>),
+    /// A capture's reader has room again.
+    FlushCaptures,
     /// Let go of the uplink: the network is about to go, and the TAP with it.
     TakeUplink(SyncSender<Option<Tap>>),
 }
@@ -82,6 +91,18 @@ struct Port {
     drops: Arc<Drops>,
     rx: Option<RxQueue>,
     tx: Option<TxQueue>,
+    /// `None`: no limits.
+    allowance: Option<Box<Allowance>>,
+    captures: Vec<Sink>,
+}
+
+impl Port {
+    /// A frame goes by.
+    fn capture(&mut self, frame: &Frame<'_>, direction: Direction) {
+        if !self.captures.is_empty() {
+            self.captures.iter_mut().for_each(|c| c.add(frame, direction));
+        }
+    }
 }
 
 /// The thread's state.
@@ -103,6 +124,10 @@ pub(super) struct Worker {
     pacer: Pacer,
     /// Ports with frames delivered and not yet shown to the guest.
     dirty: Vec<PortId>,
+    /// Ports whose frames wait for their limits. They are not in `active` and are not asked to kick.
+    waiting: Waiting,
+    /// Some port may have captures.
+    capturing: bool,
     /// Where a frame from the host is read into.
     from_host: Vec<u8>,
 }
@@ -135,6 +160,8 @@ impl Worker {
             active: Vec::new(),
             pacer: Pacer::new(policy),
             dirty: Vec::new(),
+            waiting: Waiting::default(),
+            capturing: false,
             from_host: vec![0; LEN + FRAME_MAX],
         };
         worker.uplink.watch(&worker.poller, UPLINK, NEW_TAP);
@@ -147,10 +174,13 @@ impl Worker {
         // Looks and frames since events were asked for, which is a system call.
         let mut since_events = EVENTS_AFTER;
         loop {
+            if !self.waiting.is_empty() {
+                self.release();
+            }
             if self.active.is_empty() || since_events >= EVENTS_AFTER {
                 since_events = 0;
                 let asleep = self.active.is_empty();
-                let timeout = if asleep { None } else { Some(std::time::Duration::ZERO) };
+                let timeout = if asleep { self.waiting.next() } else { Some(std::time::Duration::ZERO) };
                 match self.poller.wait(timeout) {
                     Ok(reported) => tokens.extend(reported),
                     Err(e) => {
@@ -179,6 +209,9 @@ impl Worker {
             let frames = self.look();
             since_events += 1 + frames;
             self.publish();
+            if self.capturing {
+                self.flush_captures();
+            }
             if frames == 0 && !self.active.is_empty() && self.pacer.idle() == Next::Sleep {
                 self.rest();
             }
@@ -200,7 +233,29 @@ impl Worker {
             }
             all += frames;
         }
+        if !self.waiting.is_empty() {
+            self.active.retain(|id| !self.waiting.contains(*id));
+        }
         all
+    }
+
+    /// Looks again at queues whose next frame may go now.
+    fn release(&mut self) {
+        let (ports, active) = (&mut self.ports, &mut self.active);
+        self.waiting.release(|id, waited| {
+            if let Some(queue) = tx_of(ports, id) {
+                queue.ring.counters().throttled_ns.add(waited);
+                active.push(id);
+            }
+        });
+    }
+
+    fn flush_captures(&mut self) {
+        self.capturing = false;
+        for port in self.ports.iter_mut().flatten().filter(|p| !p.captures.is_empty()) {
+            port.captures.retain_mut(Sink::flush);
+            self.capturing |= !port.captures.is_empty();
+        }
     }
 
     /// Asks for kicks, before the thread sleeps. Queues in which there is something already are still looked at.
@@ -257,6 +312,31 @@ impl Worker {
             Task::Stop(id, index, reply) => {
                 let _ = reply.send(self.stop(id, index));
             }
+            Task::Limit(id, limits, exceeded) => {
+                if let Some(port) = self.ports.get_mut(id.0).and_then(Option::as_mut) {
+                    port.allowance = Allowance::new(limits, port.allowance.as_deref(), exceeded);
+                }
+                // What waits goes by these.
+                if let Some(waited) = self.waiting.remove(id)
+                    && let Some(queue) = tx_of(&mut self.ports, id)
+                {
+                    queue.ring.counters().throttled_ns.add(waited);
+                    self.active.push(id);
+                }
+            }
+            Task::Capture(id, sink, reply) => {
+                let port = self.ports.get_mut(id.0).and_then(Option::as_mut);
+                let taken = port.is_some_and(|port| {
+                    // Those whose readers have gone make room.
+                    port.captures.retain_mut(Sink::flush);
+                    let room = port.captures.len() < capture::PER_DEVICE;
+                    port.captures.extend(room.then_some(*sink));
+                    room
+                });
+                self.capturing |= taken;
+                let _ = reply.send(taken);
+            }
+            Task::FlushCaptures => self.flush_captures(),
             Task::TakeUplink(reply) => {
                 let tap = std::mem::replace(&mut self.uplink, Uplink::None).take(&self.poller);
                 let _ = reply.send(tap);
@@ -284,7 +364,15 @@ impl Worker {
             self.members.insert(&interface, filter.groups());
         }
         let drops = Arc::<Drops>::default();
-        let port = Some(Port { interface, filter, drops: drops.clone(), rx: None, tx: None });
+        let port = Some(Port {
+            interface,
+            filter,
+            drops: drops.clone(),
+            rx: None,
+            tx: None,
+            allowance: None,
+            captures: Vec::new(),
+        });
         match self.ports.get_mut(free) {
             Some(slot) => *slot = port,
             None => self.ports.push(port),
@@ -323,12 +411,14 @@ impl Worker {
         let queue = port.tx.take()?;
         let _ = self.poller.remove(queue.ring.kick());
         self.active.retain(|a| *a != id);
+        let _ = self.waiting.remove(id);
         Some(queue.stop())
     }
 
     fn forget(&mut self, id: PortId) {
         self.active.retain(|a| *a != id);
         self.dirty.retain(|d| *d != id);
+        let _ = self.waiting.remove(id);
     }
 
     fn kicked(&mut self, token: u64) {
@@ -343,6 +433,9 @@ impl Worker {
             queue.active = true;
             queue.ring.disable_kicks();
             self.active.push(id);
+        } else if queue.ring.memory_changed() {
+            // It may wait for its limits, for long.
+            queue.chain.clear();
         }
     }
 
@@ -358,7 +451,14 @@ impl Worker {
         let mut bytes = 0;
         let mut heads = 0;
         while frames < BUDGET && bytes <= BUDGET_BYTES {
-            let Some(queue) = tx_of(&mut self.ports, id) else { return frames };
+            let port = self.ports.get_mut(id.0).and_then(Option::as_mut);
+            let Some(Port { tx: Some(queue), allowance, .. }) = port else { return frames };
+            if let Some(allowance) = allowance
+                && let Some(held) = allowance.holds_back(&mut queue.ring)
+            {
+                self.waiting.add(id, held);
+                break;
+            }
             match queue.ring.pop(&mut chain) {
                 Ok(true) => frames += 1,
                 Ok(false) => break,
@@ -369,7 +469,17 @@ impl Worker {
                     break;
                 }
             }
-            let outcome = match tx::parse(&chain, &mut buf, allowed, self.mtu) {
+            let parsed = tx::parse(&chain, &mut buf, allowed, self.mtu);
+            if let Some(port) = self.ports.get_mut(id.0).and_then(Option::as_mut) {
+                if let Ok(frame) = &parsed {
+                    port.capture(frame, Direction::Outbound);
+                }
+                if let Some(allowance) = &port.allowance {
+                    let malformed = (1, chain.readable_len().into());
+                    allowance.sent(parsed.as_ref().map_or(malformed, Frame::on_wire));
+                }
+            }
+            let outcome = match parsed {
                 Ok(frame) => self.forward(&frame, Ingress::Port(id, mac)).map(|()| frame.bytes()),
                 Err(_) => Err(DropReason::Malformed),
             };
@@ -496,7 +606,8 @@ impl Worker {
             let tail = [VolatileSlice::from(tail)];
             let answer = Frame { head, tail: Memory::Host(&tail), tail_bytes, offloads: Offloads::default() };
             match from {
-                Ingress::Port(id, _) => self.deliver(&answer, id),
+                // It was paid for as a question.
+                Ingress::Port(id, _) => self.give(&answer, id),
                 // The host asks again.
                 Ingress::Uplink => drop(self.send_up(&answer)),
             }
@@ -505,8 +616,23 @@ impl Worker {
         length.map(drop)
     }
 
-    /// To a device. A device without a running queue is like a cable with nobody at its end.
+    /// To a device, as far as its limits admit it.
     fn deliver(&mut self, frame: &Frame<'_>, to: PortId) {
+        if let Some(Port { rx: Some(queue), allowance: Some(allowance), .. }) =
+            self.ports.get_mut(to.0).and_then(Option::as_mut)
+            && !allowance.admits(frame)
+        {
+            queue.refuse();
+            return;
+        }
+        self.give(frame, to);
+    }
+
+    /// To a device. A device without a running queue is like a cable with nobody at its end.
+    fn give(&mut self, frame: &Frame<'_>, to: PortId) {
+        if let Some(port) = self.ports.get_mut(to.0).and_then(Option::as_mut) {
+            port.capture(frame, Direction::Inbound);
+        }
         self.with_rx(to, |queue| queue.deliver(frame));
     }
 

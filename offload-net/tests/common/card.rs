@@ -40,7 +40,8 @@ impl Card {
         Self::start_by(command, directory)
     }
 
-    fn start_by(mut command: Command, directory: &Path) -> Self {
+    /// Starts it by a command that has its program, and arguments beyond those that it always has.
+    pub fn start_by(mut command: Command, directory: &Path) -> Self {
         let (control, runtime_dir) = (directory.join("control.sock"), directory.join("run"));
         let process = command
             .arg("--control")

@@ -135,6 +135,8 @@ impl Card {
             id: id.to_owned(),
             kind: Some(device_spec::Kind::Block(spec)),
             limits: None,
+            net_limits: None,
+            net_limits: None,
         })
     }
 
@@ -200,7 +202,13 @@ impl Card {
     }
 
     fn create_nic(&self, id: &str, spec: NetDeviceSpec) -> Result<Device, Status> {
-        self.create(DeviceSpec { id: id.to_owned(), kind: Some(device_spec::Kind::Net(spec)), limits: None })
+        self.create(DeviceSpec {
+            id: id.to_owned(),
+            kind: Some(device_spec::Kind::Net(spec)),
+            limits: None,
+            net_limits: None,
+            net_limits: None,
+        })
     }
 
     /// Sets what a device may do per second.

@@ -76,7 +76,7 @@ impl DeviceFactory for Storages {
 }
 
 fn spec(id: &str) -> DeviceSpec {
-    DeviceSpec { id: id.into(), kind: None, limits: None }
+    DeviceSpec { id: id.into(), kind: None, limits: None, net_limits: None }
 }
 
 struct Setup {

@@ -53,6 +53,7 @@ pub(crate) fn spawn(ctx: &Arc<Context>, record: VmRecord, begin: Begin) -> Arc<V
         creation: if matches!(begin, Begin::Create { .. }) { Creation::Pending } else { Creation::Done },
         hypervisor: None,
         limits: record.spec.iter().flat_map(|s| &s.disks).map(|d| d.limits).collect(),
+        nic_limits: record.spec.iter().flat_map(|s| &s.nics).map(|n| n.limits).collect(),
     };
     let (vm, view, commands) = Vm::new(&record, view);
     let actor = Actor {
@@ -197,8 +198,8 @@ impl Actor {
                 let result = self.reboot().await;
                 answer(reply, result);
             }
-            Command::SetDiskLimits { disk, limits, reply } => {
-                let result = self.set_disk_limits(&disk, limits).await;
+            Command::SetLimits { device, limits, reply } => {
+                let result = self.set_limits(&device, limits).await;
                 answer(reply, result);
             }
             Command::Delete { force, reply } => {

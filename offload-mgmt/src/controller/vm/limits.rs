@@ -1,35 +1,49 @@
-//! What a VM may do with its disks, changed while it is there.
+//! What a VM may do with its devices, changed while it is there.
 
 use proto::error::{Error, ErrorReason};
-use proto::v1::DeviceLimits;
+use proto::v1::{DeviceLimits, NetLimits};
 use tonic::Code;
 
 use super::actor::Actor;
 
+/// Limits for a device of one kind; `None`: none.
+#[derive(Debug, Clone, Copy)]
+pub(super) enum NewLimits {
+    Disk(Option<DeviceLimits>),
+    Nic(Option<NetLimits>),
+}
+
 impl Actor {
-    /// Sets a disk's limits: written down first, so that they are not forgotten once they are in force; then told to the
-    /// card if the disk is on it, which it is while the VM has a process.
-    pub(super) async fn set_disk_limits(
-        &mut self,
-        disk: &str,
-        limits: Option<DeviceLimits>,
-    ) -> Result<(), Error> {
+    /// Sets a device's limits: written down first, so that they are not forgotten once they are in force; then told to the
+    /// card if the device is on it, which it is while the VM has a process.
+    pub(super) async fn set_limits(&mut self, device: &str, limits: NewLimits) -> Result<(), Error> {
         let vm = self.vm.clone();
-        let Some(index) = vm.spec.disks.iter().position(|d| d.id == disk) else {
-            let message = format!("VM {} has no disk {disk:?}", vm.spec.name);
+        let (kind, place) = match limits {
+            NewLimits::Disk(_) => ("disk", vm.spec.disks.iter().position(|d| d.id == device)),
+            NewLimits::Nic(_) => ("network interface", vm.spec.nics.iter().position(|n| n.id == device)),
+        };
+        let Some(index) = place else {
+            let message = format!("VM {} has no {kind} {device:?}", vm.spec.name);
             return Err(Error::new(Code::NotFound, ErrorReason::DeviceNotFound, message)
-                .resource(disk)
+                .resource(device)
                 .remedy(format!("see: outboard vm show {}", vm.spec.name)));
         };
         let before = self.record.clone();
-        if let Some(disk) = self.record.spec.as_mut().and_then(|s| s.disks.get_mut(index)) {
-            disk.limits = limits;
+        if let Some(spec) = &mut self.record.spec {
+            match limits {
+                NewLimits::Disk(limits) => put(spec.disks.get_mut(index).map(|d| &mut d.limits), limits),
+                NewLimits::Nic(limits) => put(spec.nics.get_mut(index).map(|n| &mut n.limits), limits),
+            }
         }
         let mut done = self.ctx.store.put_vm(self.record.clone()).await;
         if done.is_ok() && self.live.is_some() {
             let devices = self.ctx.cards.devices_of(&vm.id, &vm.spec)?;
-            if let Some(device) = devices.iter().find(|d| d.slot == disk) {
-                done = device.card.set_limits(&device.spec.id, limits).await;
+            if let Some(placed) = devices.iter().find(|d| d.slot == device) {
+                let (disk, nic) = match limits {
+                    NewLimits::Disk(limits) => (limits, None),
+                    NewLimits::Nic(limits) => (None, limits),
+                };
+                done = placed.card.set_limits(&placed.spec.id, disk, nic).await;
             }
         }
         if let Err(e) = done {
@@ -39,12 +53,17 @@ impl Actor {
             }
             return Err(e);
         }
-        self.view.send_modify(|v| {
-            if let Some(place) = v.limits.get_mut(index) {
-                *place = limits;
-            }
+        self.view.send_modify(|v| match limits {
+            NewLimits::Disk(limits) => put(v.limits.get_mut(index), limits),
+            NewLimits::Nic(limits) => put(v.nic_limits.get_mut(index), limits),
         });
-        tracing::info!(vm = vm.id, disk, "{} has other limits for a disk", vm.spec.name);
+        tracing::info!(vm = vm.id, device, "{} has other limits for a {kind}", vm.spec.name);
         Ok(())
+    }
+}
+
+fn put<T>(place: Option<&mut T>, value: T) {
+    if let Some(place) = place {
+        *place = value;
     }
 }

@@ -17,7 +17,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use proto::error::{Error, ErrorReason};
-use proto::v1::{self, DeviceLimits, SlotInfo, VmSpec, VmState};
+use proto::v1::{self, DeviceLimits, NetLimits, SlotInfo, VmSpec, VmState};
 use tokio::sync::{mpsc, oneshot, watch};
 use tonic::Code;
 use tonic::transport::Channel;
@@ -32,6 +32,7 @@ mod recover;
 mod start;
 
 pub(crate) use actor::{Begin, spawn};
+use limits::NewLimits;
 
 /// A VM as everybody may see it.
 #[derive(Debug)]
@@ -71,6 +72,8 @@ pub(crate) struct View {
     pub hypervisor: Option<Channel>,
     /// Limits of its disks, in their order.
     pub limits: Vec<Option<DeviceLimits>>,
+    /// Those of its network interfaces.
+    pub nic_limits: Vec<Option<NetLimits>>,
 }
 
 /// How far a VM's creation is.
@@ -93,7 +96,7 @@ enum Command {
     Stop { graceful: bool, timeout: Duration, reply: Reply },
     Reboot(Reply),
     Delete { force: bool, reply: Reply },
-    SetDiskLimits { disk: String, limits: Option<DeviceLimits>, reply: Reply },
+    SetLimits { device: String, limits: NewLimits, reply: Reply },
 }
 
 impl Command {
@@ -128,9 +131,14 @@ impl Vm {
     /// Its specification, with what has been changed since.
     pub(crate) fn current_spec(&self) -> VmSpec {
         let mut spec = self.spec.clone();
-        for (disk, limits) in spec.disks.iter_mut().zip(&self.view.borrow().limits) {
+        let view = self.view.borrow();
+        for (disk, limits) in spec.disks.iter_mut().zip(&view.limits) {
             disk.limits = *limits;
         }
+        for (nic, limits) in spec.nics.iter_mut().zip(&view.nic_limits) {
+            nic.limits = *limits;
+        }
+        drop(view);
         spec
     }
 
@@ -224,7 +232,18 @@ impl Vm {
         limits: Option<DeviceLimits>,
     ) -> Result<(), Error> {
         limits.unwrap_or_default().check()?;
-        self.ask(|reply| Command::SetDiskLimits { disk: disk.to_owned(), limits, reply }).await
+        let limits = NewLimits::Disk(limits);
+        self.ask(|reply| Command::SetLimits { device: disk.to_owned(), limits, reply }).await
+    }
+
+    /// The same with a network interface.
+    ///
+    /// # Errors
+    /// As [`Vm::set_disk_limits`].
+    pub(crate) async fn set_nic_limits(&self, nic: &str, limits: Option<NetLimits>) -> Result<(), Error> {
+        limits.unwrap_or_default().check()?;
+        let limits = NewLimits::Nic(limits);
+        self.ask(|reply| Command::SetLimits { device: nic.to_owned(), limits, reply }).await
     }
 
     /// Removes it.

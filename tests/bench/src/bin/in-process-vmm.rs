@@ -131,7 +131,8 @@ fn run(args: &Args, started: Instant) -> anyhow::Result<ExitCode> {
         Networks::create(&networks, &spec, false).map_err(say)?;
         let net = NetDeviceSpec { network: NETWORK.into(), mac: mac.to_vec(), ..Default::default() };
         let notifier = ConfigNotifier::default();
-        let spec = DeviceSpec { id: "nic".into(), kind: Some(Kind::Net(net)), limits: None };
+        let spec =
+            DeviceSpec { id: "nic".into(), kind: Some(Kind::Net(net)), limits: None, net_limits: None };
         let device = DeviceFactory::create(&networks, &spec, notifier.clone()).map_err(say)?;
         servers.push(serve(args, "nic", device, &notifier, &mut arguments)?);
     }
