@@ -24,9 +24,11 @@ pub enum DropReason {
     NoDestination,
     /// The host does not take it.
     Uplink,
+    /// More packets to the metadata service than it takes from a device.
+    LinkLocalAllowance,
 }
 
-const REASONS: usize = DropReason::Uplink as usize + 1;
+const REASONS: usize = DropReason::LinkLocalAllowance as usize + 1;
 
 impl DropReason {
     /// A correct driver in a correct guest does not send such a frame.
@@ -62,6 +64,7 @@ impl Drops {
             multicast: self.get(DropReason::Multicast),
             no_destination: self.get(DropReason::NoDestination),
             uplink: self.get(DropReason::Uplink),
+            linklocal_allowance_exceeded: self.get(DropReason::LinkLocalAllowance),
         }
     }
 }

@@ -8,8 +8,9 @@ use std::net::{Ipv4Addr, Ipv6Addr};
 
 use crate::drops::DropReason;
 use crate::frame::packet::{self, Arp, ICMPV6, Packet, Ports, Unclear, V4, V6};
-use crate::frame::{Bytes, Frame};
+use crate::frame::{Bytes, ETH_HEADER, Frame};
 use crate::mac::MacAddr;
+use crate::metadata;
 use crate::subnet::{Interface, Subnet};
 
 const DHCP_SERVER: u16 = 67;
@@ -39,6 +40,8 @@ pub enum Question {
     },
     /// A DHCP message to the server: these bytes of the frame.
     Dhcp(Bytes),
+    /// A packet to the metadata service: these bytes of the frame.
+    Metadata(Bytes),
 }
 
 /// What to do with a frame.
@@ -118,7 +121,16 @@ fn v4_from_device(subnet: &Subnet, interface: &Interface, p: &V4) -> Result<Verd
         }
         _ => {}
     }
-    if own { Ok(Verdict::Forward) } else { Err(DropReason::SpoofedAddress) }
+    match own {
+        true if p.destination == metadata::ADDRESS_V4 => Ok(to_metadata(p.end)),
+        true => Ok(Verdict::Forward),
+        false => Err(DropReason::SpoofedAddress),
+    }
+}
+
+/// Whoever the frame is addressed to: nobody but the card is at the service's addresses, in no network and behind none.
+fn to_metadata(end: usize) -> Verdict {
+    Verdict::Answer(Question::Metadata(Bytes { start: ETH_HEADER, len: end - ETH_HEADER }))
 }
 
 fn arp_from_device(interface: &Interface, p: Arp) -> Result<Verdict, DropReason> {
@@ -156,6 +168,7 @@ fn v6_from_device(interface: &Interface, head: &[u8], p: &V6) -> Result<Verdict,
         }
         // Only to groups: RFC 3810.
         _ if unspecified => Err(DropReason::Multicast),
+        _ if p.destination == metadata::ADDRESS_V6 => Ok(to_metadata(p.end)),
         _ => Ok(Verdict::Forward),
     }
 }

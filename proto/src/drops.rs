@@ -4,7 +4,7 @@ use crate::v1::NetDrops;
 
 impl NetDrops {
     /// The counters with their names, in the order of the message.
-    pub fn by_reason(&self) -> [(&'static str, u64); 9] {
+    pub fn by_reason(&self) -> [(&'static str, u64); 10] {
         // Without `..`: a reason that is added is not forgotten here.
         let Self {
             malformed,
@@ -16,6 +16,7 @@ impl NetDrops {
             multicast,
             no_destination,
             uplink,
+            linklocal_allowance_exceeded,
         } = *self;
         [
             ("malformed", malformed),
@@ -27,6 +28,7 @@ impl NetDrops {
             ("multicast", multicast),
             ("no_destination", no_destination),
             ("uplink", uplink),
+            ("linklocal_allowance_exceeded", linklocal_allowance_exceeded),
         ]
     }
 }

@@ -9,8 +9,9 @@ pub mod neighbour;
 
 /// Largest answer in bytes: a DHCP message of the size that every client takes (RFC 2131 section 2) and its headers.
 pub const MAX: usize = 14 + 20 + 8 + 548;
-/// Largest question in bytes that is looked at: what clients send in one frame.
-pub const QUESTION_MAX: usize = 1500;
+/// Largest question in bytes that is looked at: what clients send in one frame. To the metadata service that is what its
+/// window allows, with the headers.
+pub const QUESTION_MAX: usize = 4096;
 
 /// Room for an answer.
 pub type Buffer = [u8; MAX];

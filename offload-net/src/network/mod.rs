@@ -3,6 +3,7 @@
 mod addressed;
 pub mod backlog;
 pub mod rx;
+mod tending;
 pub mod tx;
 pub mod uplink;
 mod worker;

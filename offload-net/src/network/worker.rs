@@ -83,9 +83,9 @@ pub(super) struct Worker {
     tasks: Receiver<Task>,
     poller: Poller,
     uplink: Uplink,
-    switch: Switch,
+    pub(super) switch: Switch,
     /// `None`: a plain switch.
-    addressed: Option<Addressed>,
+    pub(super) addressed: Option<Addressed>,
     ports: Vec<Option<Port>>,
     /// Ports whose transmit queue is looked at in every turn, and need not kick.
     active: Vec<PortId>,
@@ -139,7 +139,7 @@ impl Worker {
             if self.active.is_empty() || since_events >= EVENTS_AFTER {
                 since_events = 0;
                 let asleep = self.active.is_empty();
-                let timeout = if asleep { None } else { Some(std::time::Duration::ZERO) };
+                let timeout = if asleep { self.until_tending() } else { Some(std::time::Duration::ZERO) };
                 match self.poller.wait(timeout) {
                     Ok(reported) => tokens.extend(reported),
                     Err(e) => {
@@ -164,6 +164,7 @@ impl Worker {
                 if from_host {
                     self.receive();
                 }
+                self.tend();
             }
             let frames = self.look();
             since_events += 1 + frames;
@@ -460,18 +461,24 @@ impl Worker {
         if let Ok(Some(length)) = length
             && let Some(bytes) = addressed.answer_bytes(length)
         {
-            let (head, tail) = bytes.split_at_mut(length.min(HEAD_MAX));
-            let tail_bytes = Bytes { start: 0, len: tail.len() };
-            let tail = [VolatileSlice::from(tail)];
-            let answer = Frame { head, tail: Memory::Host(&tail), tail_bytes, offloads: Offloads::default() };
             match from {
-                Ingress::Port(id, _) => self.deliver(&answer, id),
+                Ingress::Port(id, _) => self.deliver_bytes(bytes, id),
                 // The host asks again.
-                Ingress::Uplink => drop(self.send_up(&answer)),
+                Ingress::Uplink => drop(with_frame(bytes, |answer| self.send_up(answer))),
             }
+        }
+        if let (Question::Metadata(_), Ingress::Port(id, mac)) = (question, from)
+            && let Some(frames) = addressed.metadata.frames(mac)
+        {
+            frames.drain(|bytes| self.deliver_bytes(bytes, id));
         }
         self.addressed = Some(addressed);
         length.map(drop)
+    }
+
+    /// To a device, a frame of our own.
+    pub(super) fn deliver_bytes(&mut self, bytes: &mut [u8], to: PortId) {
+        with_frame(bytes, |frame| self.deliver(frame, to));
     }
 
     /// To a device. A device without a running queue is like a cable with nobody at its end.
@@ -516,6 +523,14 @@ impl Worker {
             }
         }
     }
+}
+
+/// A frame of our own, which needs nothing more.
+fn with_frame<T>(bytes: &mut [u8], f: impl FnOnce(&Frame<'_>) -> T) -> T {
+    let (head, tail) = bytes.split_at_mut(bytes.len().min(HEAD_MAX));
+    let tail_bytes = Bytes { start: 0, len: tail.len() };
+    let tail = [VolatileSlice::from(tail)];
+    f(&Frame { head, tail: Memory::Host(&tail), tail_bytes, offloads: Offloads::default() })
 }
 
 /// What the poller reports for a queue of a port.
