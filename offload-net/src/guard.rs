@@ -6,6 +6,7 @@
 
 use std::net::{Ipv4Addr, Ipv6Addr};
 
+use crate::answer::dhcp6;
 use crate::drops::DropReason;
 use crate::frame::packet::{self, Arp, ICMPV6, Packet, Ports, Unclear, V4, V6};
 use crate::frame::{Bytes, ETH_HEADER, Frame};
@@ -19,6 +20,7 @@ const DHCPV6_SERVER: u16 = 547;
 const DHCPV6_CLIENT: u16 = 546;
 
 /// ICMPv6 types (RFC 4861 section 4).
+const ROUTER_SOLICITATION: u8 = 133;
 const ROUTER_ADVERTISEMENT: u8 = 134;
 const NEIGHBOUR_SOLICITATION: u8 = 135;
 const NEIGHBOUR_ADVERTISEMENT: u8 = 136;
@@ -40,6 +42,15 @@ pub enum Question {
     },
     /// A DHCP message to the server: these bytes of the frame.
     Dhcp(Bytes),
+    /// Is there a router? Asked by this address, or none.
+    Router(Ipv6Addr),
+    /// A DHCPv6 message to the servers.
+    Dhcp6 {
+        /// Who asks.
+        from: Ipv6Addr,
+        /// These bytes of the frame.
+        message: Bytes,
+    },
     /// A packet to the metadata service: these bytes of the frame.
     Metadata(Bytes),
 }
@@ -153,12 +164,16 @@ fn v6_from_device(interface: &Interface, head: &[u8], p: &V6) -> Result<Verdict,
     let kind = icmpv6_type(head, p);
     let unspecified = p.source.is_unspecified();
     let own = interface.ipv6.contains(&p.source) || p.source == interface.link_local();
-    let addressless = kind.is_some_and(|k| k == NEIGHBOUR_SOLICITATION || LISTENER.contains(&k));
+    let addressless = kind
+        .is_some_and(|k| matches!(k, ROUTER_SOLICITATION | NEIGHBOUR_SOLICITATION) || LISTENER.contains(&k));
     if !(own || unspecified && addressless) {
         return Err(DropReason::SpoofedAddress);
     }
     match kind {
         Some(NEIGHBOUR_SOLICITATION) => solicitation(head, p),
+        // Forwarded by nobody, and no fragment (RFC 6980).
+        Some(ROUTER_SOLICITATION) if p.hop_limit != 255 || p.fragment => Err(DropReason::Malformed),
+        Some(ROUTER_SOLICITATION) => Ok(Verdict::Answer(Question::Router(p.source))),
         Some(ROUTER_ADVERTISEMENT | REDIRECT) => Err(DropReason::Server),
         Some(NEIGHBOUR_ADVERTISEMENT) => {
             let target = target(head, p).ok_or(DropReason::Malformed)?;
@@ -168,9 +183,21 @@ fn v6_from_device(interface: &Interface, head: &[u8], p: &V6) -> Result<Verdict,
         }
         // Only to groups: RFC 3810.
         _ if unspecified => Err(DropReason::Multicast),
+        _ if is_dhcp6(p) => {
+            // The UDP header is there: the ports were.
+            let start = p.l4 + 8;
+            let message = Bytes { start, len: p.end - start };
+            Ok(Verdict::Answer(Question::Dhcp6 { from: p.source, message }))
+        }
         _ if p.destination == metadata::ADDRESS_V6 => Ok(to_metadata(p.end)),
         _ => Ok(Verdict::Forward),
     }
+}
+
+/// To all servers. To one of them nobody is told to send.
+fn is_dhcp6(p: &V6) -> bool {
+    let ports = Ports { source: DHCPV6_CLIENT, destination: DHCPV6_SERVER };
+    p.udp == Some(ports) && p.destination == dhcp6::SERVERS && !p.fragment
 }
 
 fn icmpv6_type(head: &[u8], p: &V6) -> Option<u8> {

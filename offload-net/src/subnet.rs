@@ -123,6 +123,11 @@ impl Subnet {
         }))
     }
 
+    /// The gateway's link-local address, which is the TAP's.
+    pub fn link_local(&self) -> Ipv6Addr {
+        link_local(self.gateway_mac)
+    }
+
     /// The gateway's addresses as the host has them on the TAP.
     pub fn gateways(&self) -> impl Iterator<Item = Prefix> {
         let v6 = self.gateway6.zip(self.ipv6);
@@ -305,9 +310,14 @@ impl Interface {
 
     /// Its link-local address, as made of its MAC address (RFC 4291 appendix A). It may speak from this one too.
     pub fn link_local(&self) -> Ipv6Addr {
-        let [a, b, c, d, e, f] = self.mac.0;
-        Ipv6Addr::from([0xfe, 0x80, 0, 0, 0, 0, 0, 0, a ^ 2, b, c, 0xff, 0xfe, d, e, f])
+        link_local(self.mac)
     }
+}
+
+/// The link-local address that a MAC address makes (RFC 4291 appendix A).
+fn link_local(mac: MacAddr) -> Ipv6Addr {
+    let [a, b, c, d, e, f] = mac.0;
+    Ipv6Addr::from([0xfe, 0x80, 0, 0, 0, 0, 0, 0, a ^ 2, b, c, 0xff, 0xfe, d, e, f])
 }
 
 /// Whose addresses are whose in a network with a prefix: what ARP and neighbour discovery are answered from.
@@ -317,7 +327,9 @@ pub struct Neighbours(HashMap<IpAddr, MacAddr>);
 impl Neighbours {
     /// The gateway of a network, before any device comes.
     pub fn of(subnet: &Subnet) -> Self {
-        Self(subnet.gateways().map(|p| (p.address, subnet.gateway_mac)).collect())
+        let link_local = subnet.ipv6.map(|_| subnet.link_local().into());
+        let all = subnet.gateways().map(|p| p.address).chain(link_local);
+        Self(all.map(|address| (address, subnet.gateway_mac)).collect())
     }
 
     /// Takes in a device.

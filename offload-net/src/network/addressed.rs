@@ -1,15 +1,18 @@
 //! What a network's thread has of a network with a prefix: who is there, and where answers are made.
 
-use std::net::IpAddr;
-use std::time::Instant;
+use std::net::{IpAddr, Ipv6Addr};
+use std::time::{Duration, Instant};
 
-use crate::answer::{self, arp, dhcp, neighbour};
+use crate::answer::{self, arp, dhcp, dhcp6, neighbour, router};
 use crate::drops::DropReason;
 use crate::frame::{Bytes, Frame};
 use crate::guard::{self, Question, Verdict};
 use crate::mac::MacAddr;
 use crate::metadata::{self, Endpoints};
 use crate::subnet::{Interface, Neighbours, Subnet};
+
+/// How often devices are told about IPv6 that they have heard long ago: the longest that RFC 4861 allows is three times this.
+pub(super) const ADVERTISE_EVERY: Duration = Duration::from_secs(600);
 
 /// A network's prefix, and who is in it.
 pub(super) struct Addressed {
@@ -19,6 +22,8 @@ pub(super) struct Addressed {
     answer: Box<answer::Buffer>,
     /// Where questions that are longer than a frame's head are copied to.
     question: Box<[u8; answer::QUESTION_MAX]>,
+    /// When the network's devices are told about IPv6 without having asked; `None`: it has no IPv6.
+    pub(super) next_advertisement: Option<Instant>,
     /// Who has asked the metadata service, and what it has to say.
     pub(super) metadata: Endpoints,
 }
@@ -28,6 +33,7 @@ impl Addressed {
     pub(super) fn new(subnet: Subnet) -> Self {
         Self {
             neighbours: Neighbours::of(&subnet),
+            next_advertisement: subnet.ipv6.map(|_| Instant::now() + ADVERTISE_EVERY),
             subnet,
             answer: Box::new([0; answer::MAX]),
             question: Box::new([0; answer::QUESTION_MAX]),
@@ -97,6 +103,15 @@ impl Addressed {
                 let message = copy(frame, bytes, &mut *self.question)?;
                 dhcp::reply(message, client, &self.subnet, &mut self.answer)
             }
+            Question::Router(address) => {
+                let Some(client) = from else { return Ok(None) };
+                Ok(self.advertisement(client, address))
+            }
+            Question::Dhcp6 { from: address, message } => {
+                let Some(client) = from else { return Ok(None) };
+                let message = copy(frame, message, &mut *self.question)?;
+                dhcp6::reply(message, address, client, &self.subnet, &mut self.answer)
+            }
             Question::Metadata(bytes) => {
                 let Some(client) = from else { return Ok(None) };
                 let packet = copy(frame, bytes, &mut *self.question)?;
@@ -104,6 +119,15 @@ impl Addressed {
                 Ok(None)
             }
         }
+    }
+
+    /// Makes what a device is told about IPv6, at its address, or at all; its length. `None`: it has no part in IPv6.
+    pub(super) fn advertisement(&mut self, to: &Interface, address: Ipv6Addr) -> Option<usize> {
+        if to.ipv6.is_empty() {
+            return None;
+        }
+        let asker = neighbour::Asker { mac: to.mac, address };
+        router::advertisement(asker, &self.subnet, to.metadata.is_some(), &mut self.answer)
     }
 
     /// Whose MAC address is told to whoever asks for an IP address. The metadata service's is the gateway's, for those to

@@ -69,8 +69,8 @@ pub(super) enum Taken {
 }
 
 /// A device in the network.
-struct Port {
-    interface: Interface,
+pub(super) struct Port {
+    pub(super) interface: Interface,
     drops: Arc<Drops>,
     rx: Option<RxQueue>,
     tx: Option<TxQueue>,
@@ -86,7 +86,7 @@ pub(super) struct Worker {
     pub(super) switch: Switch,
     /// `None`: a plain switch.
     pub(super) addressed: Option<Addressed>,
-    ports: Vec<Option<Port>>,
+    pub(super) ports: Vec<Option<Port>>,
     /// Ports whose transmit queue is looked at in every turn, and need not kick.
     active: Vec<PortId>,
     /// How long they are when there is nothing in them.
