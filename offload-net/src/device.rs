@@ -53,7 +53,7 @@ const FEATURES: u64 = 1 << VIRTIO_NET_F_MAC
     | 1 << VIRTIO_NET_F_GUEST_TSO6;
 
 /// A device's specification, checked.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct Settings {
     /// Its addresses.
     pub interface: Interface,

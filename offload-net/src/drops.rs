@@ -32,9 +32,11 @@ pub enum DropReason {
     ConntrackAllowanceExceeded,
     /// A part of a packet of which the first part has not passed.
     Fragment,
+    /// More packets to the metadata service than it takes from a device.
+    LinkLocalAllowance,
 }
 
-const REASONS: usize = DropReason::Fragment as usize + 1;
+const REASONS: usize = DropReason::LinkLocalAllowance as usize + 1;
 
 impl DropReason {
     /// A correct driver in a correct guest does not send such a frame.
@@ -74,6 +76,7 @@ impl Drops {
             denied_in: self.get(DropReason::DeniedIn),
             conntrack_allowance_exceeded: self.get(DropReason::ConntrackAllowanceExceeded),
             fragment: self.get(DropReason::Fragment),
+            linklocal_allowance_exceeded: self.get(DropReason::LinkLocalAllowance),
         }
     }
 }

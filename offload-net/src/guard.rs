@@ -6,10 +6,12 @@
 
 use std::net::{Ipv4Addr, Ipv6Addr};
 
+use crate::answer::dhcp6;
 use crate::drops::DropReason;
 use crate::frame::packet::{self, Arp, ICMPV6, Packet, Ports, Unclear, V4, V6};
-use crate::frame::{Bytes, Frame};
+use crate::frame::{Bytes, ETH_HEADER, Frame};
 use crate::mac::MacAddr;
+use crate::metadata;
 use crate::subnet::{Interface, Subnet};
 
 const DHCP_SERVER: u16 = 67;
@@ -18,6 +20,7 @@ const DHCPV6_SERVER: u16 = 547;
 const DHCPV6_CLIENT: u16 = 546;
 
 /// ICMPv6 types (RFC 4861 section 4).
+const ROUTER_SOLICITATION: u8 = 133;
 const ROUTER_ADVERTISEMENT: u8 = 134;
 const NEIGHBOUR_SOLICITATION: u8 = 135;
 const NEIGHBOUR_ADVERTISEMENT: u8 = 136;
@@ -39,6 +42,17 @@ pub enum Question {
     },
     /// A DHCP message to the server: these bytes of the frame.
     Dhcp(Bytes),
+    /// Is there a router? Asked by this address, or none.
+    Router(Ipv6Addr),
+    /// A DHCPv6 message to the servers.
+    Dhcp6 {
+        /// Who asks.
+        from: Ipv6Addr,
+        /// These bytes of the frame.
+        message: Bytes,
+    },
+    /// A packet to the metadata service: these bytes of the frame.
+    Metadata(Bytes),
 }
 
 /// What to do with a frame.
@@ -118,7 +132,16 @@ fn v4_from_device(subnet: &Subnet, interface: &Interface, p: &V4) -> Result<Verd
         }
         _ => {}
     }
-    if own { Ok(Verdict::Forward) } else { Err(DropReason::SpoofedAddress) }
+    match own {
+        true if p.destination == metadata::ADDRESS_V4 => Ok(to_metadata(p.end)),
+        true => Ok(Verdict::Forward),
+        false => Err(DropReason::SpoofedAddress),
+    }
+}
+
+/// Whoever the frame is addressed to: nobody but the card is at the service's addresses, in no network and behind none.
+fn to_metadata(end: usize) -> Verdict {
+    Verdict::Answer(Question::Metadata(Bytes { start: ETH_HEADER, len: end - ETH_HEADER }))
 }
 
 fn arp_from_device(interface: &Interface, p: Arp) -> Result<Verdict, DropReason> {
@@ -141,12 +164,16 @@ fn v6_from_device(interface: &Interface, head: &[u8], p: &V6) -> Result<Verdict,
     let kind = icmpv6_type(head, p);
     let unspecified = p.source.is_unspecified();
     let own = interface.ipv6.contains(&p.source) || p.source == interface.link_local();
-    let addressless = kind.is_some_and(|k| k == NEIGHBOUR_SOLICITATION || LISTENER.contains(&k));
+    let addressless = kind
+        .is_some_and(|k| matches!(k, ROUTER_SOLICITATION | NEIGHBOUR_SOLICITATION) || LISTENER.contains(&k));
     if !(own || unspecified && addressless) {
         return Err(DropReason::SpoofedAddress);
     }
     match kind {
         Some(NEIGHBOUR_SOLICITATION) => solicitation(head, p),
+        // Forwarded by nobody, and no fragment (RFC 6980).
+        Some(ROUTER_SOLICITATION) if p.hop_limit != 255 || p.fragment => Err(DropReason::Malformed),
+        Some(ROUTER_SOLICITATION) => Ok(Verdict::Answer(Question::Router(p.source))),
         Some(ROUTER_ADVERTISEMENT | REDIRECT) => Err(DropReason::Server),
         Some(NEIGHBOUR_ADVERTISEMENT) => {
             let target = target(head, p).ok_or(DropReason::Malformed)?;
@@ -156,8 +183,21 @@ fn v6_from_device(interface: &Interface, head: &[u8], p: &V6) -> Result<Verdict,
         }
         // Only to groups: RFC 3810.
         _ if unspecified => Err(DropReason::Multicast),
+        _ if is_dhcp6(p) => {
+            // The UDP header is there: the ports were.
+            let start = p.l4 + 8;
+            let message = Bytes { start, len: p.end - start };
+            Ok(Verdict::Answer(Question::Dhcp6 { from: p.source, message }))
+        }
+        _ if p.destination == metadata::ADDRESS_V6 => Ok(to_metadata(p.end)),
         _ => Ok(Verdict::Forward),
     }
+}
+
+/// To all servers. To one of them nobody is told to send.
+fn is_dhcp6(p: &V6) -> bool {
+    let ports = Ports { source: DHCPV6_CLIENT, destination: DHCPV6_SERVER };
+    p.udp == Some(ports) && p.destination == dhcp6::SERVERS && !p.fragment
 }
 
 fn icmpv6_type(head: &[u8], p: &V6) -> Option<u8> {

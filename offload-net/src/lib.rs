@@ -32,6 +32,7 @@ pub mod frame;
 pub mod guard;
 pub mod host;
 pub mod mac;
+pub mod metadata;
 pub mod network;
 pub mod registry;
 pub mod security;

@@ -2,13 +2,15 @@
 
 use std::collections::HashMap;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::sync::Arc;
 
 use ipnet::{Ipv4Net, Ipv6Net};
 use proto::error::Error;
-use proto::v1::{NetDeviceSpec, NetworkSpec};
+use proto::v1::{Metadata, NetDeviceSpec, NetworkSpec};
 
 use crate::host::netlink::Prefix;
 use crate::mac::MacAddr;
+use crate::metadata;
 
 /// Shortest and longest IPv4 prefix: a network of its own with room for a gateway and a guest.
 const IPV4_LEN: std::ops::RangeInclusive<u8> = 8..=30;
@@ -26,6 +28,8 @@ const HOSTNAME_MAX: usize = 63;
 /// What a network with a prefix is.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Subnet {
+    /// The network's id.
+    pub network: String,
     /// Its IPv4 network.
     pub ipv4: Ipv4Net,
     /// Its IPv6 network.
@@ -101,7 +105,12 @@ impl Subnet {
             Some(IpAddr::V6(a)) => a,
             _ => first6(&net),
         });
+        if metadata::is_service(gateway.into()) || gateway6.is_some_and(|a| metadata::is_service(a.into())) {
+            let what = "the gateway's address would be the metadata service's";
+            return Err(Error::invalid_field("host_addresses", what).remedy("choose another address"));
+        }
         Ok(Some(Self {
+            network: spec.id.clone(),
             ipv4,
             ipv6,
             gateway,
@@ -112,6 +121,11 @@ impl Subnet {
             // At most MTU_MAX: checked before.
             mtu: mtu.try_into().unwrap_or(u16::MAX),
         }))
+    }
+
+    /// The gateway's link-local address, which is the TAP's.
+    pub fn link_local(&self) -> Ipv6Addr {
+        link_local(self.gateway_mac)
     }
 
     /// The gateway's addresses as the host has them on the TAP.
@@ -133,6 +147,7 @@ impl Subnet {
     /// One of its addresses that an interface can have.
     fn usable(&self, address: IpAddr) -> Result<(), &'static str> {
         match address {
+            a if metadata::is_service(a) => Err("is the metadata service's"),
             IpAddr::V4(a) if !self.ipv4.contains(&a) => Err("is not in the network's IPv4 prefix"),
             IpAddr::V4(a) if a == self.ipv4.network() || a == self.ipv4.broadcast() => {
                 Err("is the address or the broadcast address of the network itself")
@@ -207,7 +222,7 @@ fn gateway_mac(id: &str) -> MacAddr {
 }
 
 /// A device as its network knows it.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct Interface {
     /// Its MAC address.
     pub mac: MacAddr,
@@ -217,12 +232,14 @@ pub struct Interface {
     pub ipv6: Vec<Ipv6Addr>,
     /// The name that DHCP gives it; may be empty.
     pub hostname: String,
+    /// What its guest is told about itself.
+    pub metadata: Option<Arc<Metadata>>,
 }
 
 impl Interface {
     /// One in a plain network.
     pub fn plain(mac: MacAddr) -> Self {
-        Self { mac, ipv4: Vec::new(), ipv6: Vec::new(), hostname: String::new() }
+        Self { mac, ipv4: Vec::new(), ipv6: Vec::new(), hostname: String::new(), metadata: None }
     }
 
     /// Reads its addresses from a device's specification.
@@ -240,6 +257,11 @@ impl Interface {
             return Err(Error::invalid_field("net.hostname", what));
         }
         let Some(subnet) = subnet else {
+            if spec.metadata.is_some() {
+                let what = "the network has no prefix: nobody in it is told who they are";
+                return Err(Error::invalid_field("net.metadata", what)
+                    .remedy("give no metadata, or make a network with a prefix"));
+            }
             return match spec.addresses.first() {
                 None => Ok(interface),
                 Some(address) => {
@@ -253,6 +275,10 @@ impl Interface {
         if mac == subnet.gateway_mac {
             return Err(Error::invalid_field("net.mac", format!("{mac} is the gateway's MAC address"))
                 .remedy("choose another MAC address"));
+        }
+        if let Some(metadata) = &spec.metadata {
+            metadata.check()?;
+            interface.metadata = Some(Arc::new(metadata.clone()));
         }
         for text in &spec.addresses {
             let bad = |what: String| Error::invalid_field("net.addresses", what).resource(text);
@@ -284,9 +310,14 @@ impl Interface {
 
     /// Its link-local address, as made of its MAC address (RFC 4291 appendix A). It may speak from this one too.
     pub fn link_local(&self) -> Ipv6Addr {
-        let [a, b, c, d, e, f] = self.mac.0;
-        Ipv6Addr::from([0xfe, 0x80, 0, 0, 0, 0, 0, 0, a ^ 2, b, c, 0xff, 0xfe, d, e, f])
+        link_local(self.mac)
     }
+}
+
+/// The link-local address that a MAC address makes (RFC 4291 appendix A).
+fn link_local(mac: MacAddr) -> Ipv6Addr {
+    let [a, b, c, d, e, f] = mac.0;
+    Ipv6Addr::from([0xfe, 0x80, 0, 0, 0, 0, 0, 0, a ^ 2, b, c, 0xff, 0xfe, d, e, f])
 }
 
 /// Whose addresses are whose in a network with a prefix: what ARP and neighbour discovery are answered from.
@@ -296,7 +327,9 @@ pub struct Neighbours(HashMap<IpAddr, MacAddr>);
 impl Neighbours {
     /// The gateway of a network, before any device comes.
     pub fn of(subnet: &Subnet) -> Self {
-        Self(subnet.gateways().map(|p| (p.address, subnet.gateway_mac)).collect())
+        let link_local = subnet.ipv6.map(|_| subnet.link_local().into());
+        let all = subnet.gateways().map(|p| p.address).chain(link_local);
+        Self(all.map(|address| (address, subnet.gateway_mac)).collect())
     }
 
     /// Takes in a device.

@@ -78,6 +78,11 @@ impl Switch {
         self.table.remove(&mac);
     }
 
+    /// The device that has this address.
+    pub fn port(&self, mac: MacAddr) -> Option<PortId> {
+        self.table.get(&mac).copied()
+    }
+
     /// Decides.
     pub fn forward(&self, frame: &Frame<'_>, from: Ingress) -> Egress {
         let (Some(destination), Some(source)) = (frame.destination(), frame.source()) else {

@@ -244,8 +244,8 @@ fn nothing_goes_to_everybody() {
         a.is_refused(&f, DropReason::Multicast, others);
     }
     // What every guest says when it comes up.
-    let all_routers = "ff02::2".parse().unwrap();
-    let f = v6(([0x33, 0x33, 0, 0, 0, 2], mac_a), ip6(11), all_routers, 58, &icmp6(133, ip6(1)));
+    let routers = "ff02::16".parse().unwrap();
+    let f = v6(([0x33, 0x33, 0, 0, 0, 0x16], mac_a), ip6(11), routers, 58, &icmp6(143, ip6(1)));
     a.is_refused(&f, DropReason::Multicast, others);
     // An address that nobody has, and the gateway, which is only answered for.
     for to in [[0x52, 0x54, 0, 0, 0, 99], subnet().gateway_mac.0, mac_a] {
@@ -381,6 +381,62 @@ fn dhcp_gives_a_guest_its_address() {
     let mut f = udp4((BROADCAST, mac), ([0; 4], 68), ([255; 4], 67), &dhcp(mac, &[53, 1, 1]), false);
     f[20] = 0x20;
     a.is_refused(&f, DropReason::SpoofedAddress, &mut [&mut b]);
+}
+
+#[test]
+fn ipv6_is_configured_by_the_card() {
+    let network = network();
+    let (mut a, mut b) = (Member::new(&network, 11), Member::new(&network, 12));
+    let mac = a.guest.mac;
+    let link_local = Interface::plain(MacAddr(mac)).link_local();
+    let gateway = subnet().link_local();
+    // A router solicitation, from its address and from none.
+    let all_routers = "ff02::2".parse().unwrap();
+    for (from, to) in [(link_local, link_local), (Ipv6Addr::UNSPECIFIED, "ff02::1".parse().unwrap())] {
+        a.guest.send(&v6(
+            ([0x33, 0x33, 0, 0, 0, 2], mac),
+            from,
+            all_routers,
+            58,
+            &[133, 0, 0, 0, 0, 0, 0, 0],
+        ));
+        let f = a.guest.receive().expect("an advertisement").1;
+        assert_eq!((&f[..6], &f[22..38], &f[38..54]), (&mac[..], &gateway.octets()[..], &to.octets()[..]));
+        // Addresses by DHCPv6, and no router: there is no way out.
+        assert_eq!((f[54], f[59], &f[60..62]), (134, 0xc0, &[0, 0][..]));
+    }
+    // And who the advertisement says it is from can be found.
+    a.guest.send(&v6(([0x33, 0x33, 0xff, 0, 0, 1], mac), link_local, gateway, 58, &icmp6(135, gateway)));
+    assert_eq!(a.guest.receive().expect("an answer").1[80..86], subnet().gateway_mac.0);
+    // DHCPv6: a solicitation with rapid commit.
+    let mut udp = vec![2, 34, 2, 35, 0, 0, 0, 0];
+    udp.extend([
+        1, 7, 8, 9, 0, 1, 0, 4, 0, 9, 9, 9, 0, 14, 0, 0, 0, 3, 0, 12, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0, 0,
+    ]);
+    udp[5] = udp.len() as u8;
+    let servers = "ff02::1:2".parse().unwrap();
+    let solicit = |from| v6(([0x33, 0x33, 0, 1, 0, 2], mac), from, servers, 17, &udp);
+    a.guest.send(&solicit(link_local));
+    let f = a.guest.receive().expect("a reply").1;
+    assert_eq!((f[62], &f[38..54]), (7, &link_local.octets()[..]));
+    assert!(f.windows(16).any(|w| w == ip6(11).octets()), "{f:?}");
+    assert!(b.guest.receives_nothing());
+
+    // In another's name, from farther away, no message at all.
+    let others = &mut [&mut b];
+    let of_b = Interface::plain(MacAddr(others[0].guest.mac)).link_local();
+    a.is_refused(&solicit(of_b), DropReason::SpoofedAddress, others);
+    a.is_refused(&solicit(Ipv6Addr::UNSPECIFIED), DropReason::SpoofedAddress, others);
+    let mut far =
+        v6(([0x33, 0x33, 0, 0, 0, 2], mac), link_local, all_routers, 58, &[133, 0, 0, 0, 0, 0, 0, 0]);
+    far[21] = 254;
+    a.is_refused(&far, DropReason::Malformed, others);
+    udp.truncate(10);
+    a.is_refused(
+        &v6(([0x33, 0x33, 0, 1, 0, 2], mac), link_local, servers, 17, &udp),
+        DropReason::Malformed,
+        others,
+    );
 }
 
 #[test]

@@ -17,7 +17,7 @@ impl NetAllowances {
 
 impl NetDrops {
     /// The counters with their names, in the order of the message.
-    pub fn by_reason(&self) -> [(&'static str, u64); 13] {
+    pub fn by_reason(&self) -> [(&'static str, u64); 14] {
         // Without `..`: a reason that is added is not forgotten here.
         let Self {
             malformed,
@@ -33,6 +33,7 @@ impl NetDrops {
             denied_in,
             conntrack_allowance_exceeded,
             fragment,
+            linklocal_allowance_exceeded,
         } = *self;
         [
             ("malformed", malformed),
@@ -48,6 +49,7 @@ impl NetDrops {
             ("denied_in", denied_in),
             ("conntrack_allowance_exceeded", conntrack_allowance_exceeded),
             ("fragment", fragment),
+            ("linklocal_allowance_exceeded", linklocal_allowance_exceeded),
         ]
     }
 }

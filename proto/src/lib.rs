@@ -13,3 +13,4 @@ pub mod v1 {
 mod drops;
 pub mod error;
 pub mod limits;
+pub mod metadata;

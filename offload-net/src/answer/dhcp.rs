@@ -14,6 +14,7 @@ use crate::drops::DropReason;
 use crate::frame::checksum::Sum;
 use crate::frame::packet::{TYPE_IPV4, UDP};
 use crate::mac::MacAddr;
+use crate::metadata;
 use crate::subnet::{DNS_MAX, Interface, Subnet};
 
 /// How long an address is given for. It is the interface's for good; this says how soon a guest hears of other options.
@@ -39,6 +40,7 @@ mod code {
     pub(super) const KIND: u8 = 53;
     pub(super) const SERVER: u8 = 54;
     pub(super) const CLIENT_ID: u8 = 61;
+    pub(super) const ROUTES: u8 = 121;
 }
 
 /// What a client asks, as far as the answer depends on it.
@@ -138,7 +140,7 @@ pub fn reply(
             message.set_your_ip(own);
         }
     }
-    // All of this fits, whatever the client says: 20 bytes, 90 more unless refused, the identifier and the end.
+    // All of this fits, whatever the client says: 20 bytes, 110 more unless refused, the identifier and the end.
     let mut options = message.options_mut();
     let mut put = |kind, data: &[u8]| options.emit(DhcpOption { kind, data });
     let mut all = || {
@@ -159,6 +161,11 @@ pub fn reply(
             if let Some(servers @ [_, ..]) = servers.get(..4 * subnet.name_servers().len()) {
                 put(code::DNS, servers)?;
             }
+            // Where there is a gateway the service is behind it. Clients that know this option overlook the router's
+            // (RFC 3442), so it is only there where that is absent.
+            if client.metadata.is_some() && !subnet.routed {
+                put(code::ROUTES, &to_metadata())?;
+            }
             put(code::MTU, &subnet.mtu.to_be_bytes())?;
             if !client.hostname.is_empty() {
                 put(code::HOST_NAME, client.hostname.as_bytes())?;
@@ -172,6 +179,12 @@ pub fn reply(
     };
     let fits = all().and_then(|()| options.end());
     Ok(fits.ok().and_then(|()| datagram(subnet, client.mac, receiver(&request, kind, own), &bytes, buffer)))
+}
+
+/// The metadata service is on the link: a prefix of 32 bits, its address, and no gateway (RFC 3442).
+fn to_metadata() -> [u8; 9] {
+    let [a, b, c, d] = metadata::ADDRESS_V4.octets();
+    [32, a, b, c, d, 0, 0, 0, 0]
 }
 
 /// To which IP address an answer goes (section 4.1). The frame goes to the client in any case: it has not its address yet,

@@ -114,6 +114,21 @@ fn a_network_without_a_way_out_has_no_router() {
 }
 
 #[test]
+fn the_metadata_service_is_on_the_link_where_no_gateway_leads_there() {
+    let metadata =
+        std::sync::Arc::new(proto::v1::Metadata { instance_id: "i".to_owned(), ..Default::default() });
+    let client = Interface { metadata: Some(metadata), ..client() };
+    for routed in [false, true] {
+        let mut buffer = [0; MAX];
+        let n =
+            reply(&bytes(&request(Kind::Discover)), &client, &subnet(routed), &mut buffer).unwrap().unwrap();
+        let packet = DhcpPacket::new_unchecked(&buffer[MESSAGE..n]);
+        let routes = packet.options().find(|o| o.kind == code::ROUTES).map(|o| o.data.to_vec());
+        assert_eq!(routes, (!routed).then_some(vec![32, 169, 254, 169, 254, 0, 0, 0, 0]));
+    }
+}
+
+#[test]
 fn another_address_is_refused() {
     let other = Ipv4Addr::new(10, 88, 0, 8);
     for wrong in [

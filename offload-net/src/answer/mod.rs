@@ -1,16 +1,19 @@
-//! What the card answers in a network with a prefix: ARP, neighbour solicitations, DHCP.
+//! What the card answers in a network with a prefix: ARP, neighbour and router solicitations, DHCP of both kinds.
 //!
 //! An answer is made in a buffer of the network's thread, of what the control plane said and of the question alone:
 //! nothing is kept per client, so guests can make nothing grow, and a card that was killed answers as before.
 
 pub mod arp;
 pub mod dhcp;
+pub mod dhcp6;
 pub mod neighbour;
+pub mod router;
 
 /// Largest answer in bytes: a DHCP message of the size that every client takes (RFC 2131 section 2) and its headers.
 pub const MAX: usize = 14 + 20 + 8 + 548;
-/// Largest question in bytes that is looked at: what clients send in one frame.
-pub const QUESTION_MAX: usize = 1500;
+/// Largest question in bytes that is looked at: what clients send in one frame. To the metadata service that is what its
+/// window allows, with the headers.
+pub const QUESTION_MAX: usize = 4096;
 
 /// Room for an answer.
 pub type Buffer = [u8; MAX];

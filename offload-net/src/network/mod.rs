@@ -4,6 +4,7 @@ mod addressed;
 pub mod allowance;
 pub mod backlog;
 pub mod rx;
+mod tending;
 pub mod tx;
 pub mod uplink;
 mod worker;

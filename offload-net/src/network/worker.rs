@@ -84,8 +84,8 @@ pub(super) enum Taken {
 }
 
 /// A device in the network.
-struct Port {
-    interface: Interface,
+pub(super) struct Port {
+    pub(super) interface: Interface,
     /// `None`: it has no security groups.
     filter: Option<Box<Filter>>,
     drops: Arc<Drops>,
@@ -112,12 +112,12 @@ pub(super) struct Worker {
     tasks: Receiver<Task>,
     poller: Poller,
     uplink: Uplink,
-    switch: Switch,
+    pub(super) switch: Switch,
     /// `None`: a plain switch.
-    addressed: Option<Addressed>,
+    pub(super) addressed: Option<Addressed>,
     /// Who has which security groups.
     members: Members,
-    ports: Vec<Option<Port>>,
+    pub(super) ports: Vec<Option<Port>>,
     /// Ports whose transmit queue is looked at in every turn, and need not kick.
     active: Vec<PortId>,
     /// How long they are when there is nothing in them.
@@ -180,7 +180,11 @@ impl Worker {
             if self.active.is_empty() || since_events >= EVENTS_AFTER {
                 since_events = 0;
                 let asleep = self.active.is_empty();
-                let timeout = if asleep { self.waiting.next() } else { Some(std::time::Duration::ZERO) };
+                let timeout = if asleep {
+                    self.waiting.next().into_iter().chain(self.until_tending()).min()
+                } else {
+                    Some(std::time::Duration::ZERO)
+                };
                 match self.poller.wait(timeout) {
                     Ok(reported) => tokens.extend(reported),
                     Err(e) => {
@@ -205,6 +209,7 @@ impl Worker {
                 if from_host {
                     self.receive();
                 }
+                self.tend();
             }
             let frames = self.look();
             since_events += 1 + frames;
@@ -601,19 +606,25 @@ impl Worker {
         if let Ok(Some(length)) = length
             && let Some(bytes) = addressed.answer_bytes(length)
         {
-            let (head, tail) = bytes.split_at_mut(length.min(HEAD_MAX));
-            let tail_bytes = Bytes { start: 0, len: tail.len() };
-            let tail = [VolatileSlice::from(tail)];
-            let answer = Frame { head, tail: Memory::Host(&tail), tail_bytes, offloads: Offloads::default() };
             match from {
                 // It was paid for as a question.
-                Ingress::Port(id, _) => self.give(&answer, id),
+                Ingress::Port(id, _) => self.deliver_bytes(bytes, id),
                 // The host asks again.
-                Ingress::Uplink => drop(self.send_up(&answer)),
+                Ingress::Uplink => drop(with_frame(bytes, |answer| self.send_up(answer))),
             }
+        }
+        if let (Question::Metadata(_), Ingress::Port(id, mac)) = (question, from)
+            && let Some(frames) = addressed.metadata.frames(mac)
+        {
+            frames.drain(|bytes| self.deliver_bytes(bytes, id));
         }
         self.addressed = Some(addressed);
         length.map(drop)
+    }
+
+    /// To a device, a frame of our own, whatever its limits.
+    pub(super) fn deliver_bytes(&mut self, bytes: &mut [u8], to: PortId) {
+        with_frame(bytes, |frame| self.give(frame, to));
     }
 
     /// To a device, as far as its limits admit it.
@@ -673,6 +684,14 @@ impl Worker {
             }
         }
     }
+}
+
+/// A frame of our own, which needs nothing more.
+fn with_frame<T>(bytes: &mut [u8], f: impl FnOnce(&Frame<'_>) -> T) -> T {
+    let (head, tail) = bytes.split_at_mut(bytes.len().min(HEAD_MAX));
+    let tail_bytes = Bytes { start: 0, len: tail.len() };
+    let tail = [VolatileSlice::from(tail)];
+    f(&Frame { head, tail: Memory::Host(&tail), tail_bytes, offloads: Offloads::default() })
 }
 
 /// What the poller reports for a queue of a port.
