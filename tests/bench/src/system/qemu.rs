@@ -15,8 +15,6 @@ use crate::vm::{Guest, tie};
 use crate::workload::{Backing, Workload};
 
 const QEMU: &str = "qemu-system-x86_64";
-/// The firmware of QEMU's own that boots fastest.
-const QBOOT: &str = "/usr/share/qemu/qboot.rom";
 
 /// The TAP by which guests reach the host, and the bridge that takes its place between two guests of QEMU.
 pub(crate) const TAP: &str = "benchtap0";
@@ -131,9 +129,8 @@ fn qemu(guest: &GuestSetup, microvm: bool) -> Command {
     let machine = if microvm { "microvm,acpi=off,x-option-roms=off,rtc=off" } else { "q35" };
     command.args(["-name", "bench,debug-threads=on"]);
     command.args(["-M", &format!("{machine},accel=kvm,memory-backend=ram")]);
-    // Firmware that does nothing but what is needed to boot a kernel: SeaBIOS takes seconds where firmware is emulated.
-    if !microvm && Path::new(QBOOT).exists() {
-        command.args(["-bios", QBOOT]);
+    if let Some(firmware) = e2e::qemu::firmware().filter(|_| !microvm) {
+        command.args(["-bios", firmware]);
     }
     command.args(["-cpu", "host,migratable=off,-arch-capabilities", "-smp", "1", "-m", &memory.to_string()]);
     // Shared with whoever serves the devices; otherwise like any other memory.
