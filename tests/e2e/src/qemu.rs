@@ -17,6 +17,13 @@ pub struct Qemu {
     pub reports: Reports,
 }
 
+/// QEMU's smallest firmware, which does nothing but boot a kernel: SeaBIOS takes seconds where firmware is emulated. `None`: it
+/// is not installed.
+pub fn firmware() -> Option<&'static str> {
+    const QBOOT: &str = "/usr/share/qemu/qboot.rom";
+    Path::new(QBOOT).exists().then_some(QBOOT)
+}
+
 impl Qemu {
     /// Boots with each device plugged in by `-device KIND,...`: `vhost-user-blk-pci` or `virtio-net-pci` on a vhost-user
     /// netdev, as its virtio id says.
@@ -47,6 +54,9 @@ impl Qemu {
             "stdio",
             "-no-reboot",
         ]);
+        if let Some(firmware) = firmware() {
+            command.args(["-bios", firmware]);
+        }
         command.arg("-kernel").arg(binary("bench-guest")).args(["-append", cmdline]);
         for (n, device) in devices.iter().enumerate() {
             command.args(["-chardev", &format!("socket,id=c{n},path={},reconnect=1", device.socket_path)]);

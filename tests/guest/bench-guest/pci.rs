@@ -5,6 +5,8 @@ use crate::{acpi, port};
 use alloc::string::String;
 use alloc::vec::Vec;
 use core::fmt;
+use core::sync::atomic::AtomicU64;
+use core::sync::atomic::Ordering::Relaxed;
 use guest::args::PciAccess;
 
 const COMMAND: u16 = 4;
@@ -15,6 +17,10 @@ const FIRST_CAPABILITY: u16 = 0x34;
 /// Capability IDs.
 pub(crate) const VENDOR_CAPABILITY: u8 = 9;
 const MSIX_CAPABILITY: u8 = 0x11;
+
+/// Where there is neither RAM nor anything else on the PC platforms of QEMU: behind the ECAM, before the I/O APIC.
+const BARS: core::ops::Range<u64> = 0xc000_0000..0xfe00_0000;
+static NEXT_BAR: AtomicU64 = AtomicU64::new(BARS.start);
 
 /// How configuration space is reached.
 #[derive(Clone, Copy)]
@@ -110,6 +116,16 @@ impl Function {
         }
     }
 
+    fn write32(&self, register: u16, value: u32) {
+        match self.access {
+            Access::Ecam(registers) => registers.write(self.offset(register), value),
+            Access::Ports => {
+                self.select(register);
+                port::write32(0xcfc, value);
+            }
+        }
+    }
+
     /// Lets the function decode memory and be a bus master, without legacy interrupts.
     pub(crate) fn enable(&self) {
         self.write16(COMMAND, self.read16(COMMAND) | 0x406);
@@ -138,14 +154,40 @@ impl Function {
         }
         let register = FIRST_BAR + 4 * u16::from(number);
         let low = self.read32(register);
+        let wide = low & 6 == 4 && number < 5;
         let mut address = u64::from(low & !0xf);
-        if low & 6 == 4 && number < 5 {
+        if wide {
             address |= u64::from(self.read32(register + 4)) << 32;
+        }
+        if low & 1 == 0 && address == 0 {
+            address = self.assign(register, wide);
         }
         if low & 1 != 0 || address == 0 {
             return Err(alloc::format!("BAR {number} of {self} is no memory or has no address"));
         }
         Ok(address)
+    }
+
+    /// Gives a memory BAR an address, where the firmware leaves that to the operating system (PCI 3.0, 6.2.5.1). 0: there is
+    /// no such BAR, or no room.
+    fn assign(&self, register: u16, wide: bool) -> u64 {
+        let command = self.read16(COMMAND);
+        self.write16(COMMAND, command & !2);
+        self.write32(register, u32::MAX);
+        let size = u64::from((!(self.read32(register) & !0xf)).wrapping_add(1));
+        let address = NEXT_BAR.load(Relaxed).next_multiple_of(size.max(0x1000));
+        let assigned = if size > 0 && address + size <= BARS.end {
+            NEXT_BAR.store(address + size, Relaxed);
+            address
+        } else {
+            0
+        };
+        self.write32(register, assigned as u32);
+        if wide {
+            self.write32(register + 4, 0);
+        }
+        self.write16(COMMAND, command);
+        assigned
     }
 
     /// The MSI-X table, if there is one.

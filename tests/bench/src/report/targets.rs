@@ -194,11 +194,17 @@ const TARGETS: [Target; 32] = {
         target(
             "Guest to guest in bulk, card and QEMU",
             "network/bulk*/to-guest/poll",
-            CARD,
+            DEFAULT_CARD,
             BytesPerS,
             RatioAtLeast(QEMU, 2.0),
         ),
-        target("Copies in the card, bulk", "network/bulk*/to-guest/poll", CARD, CopiesPerByte, AtMost(1.01)),
+        target(
+            "Copies in the card, bulk",
+            "network/bulk*/to-guest/poll",
+            DEFAULT_CARD,
+            CopiesPerByte,
+            AtMost(1.01),
+        ),
         target(
             "Copies in the card, a small frame: to judge it and to deliver it",
             "network/round-trip/to-guest/*",

@@ -129,6 +129,9 @@ fn qemu(guest: &GuestSetup, microvm: bool) -> Command {
     let machine = if microvm { "microvm,acpi=off,x-option-roms=off,rtc=off" } else { "q35" };
     command.args(["-name", "bench,debug-threads=on"]);
     command.args(["-M", &format!("{machine},accel=kvm,memory-backend=ram")]);
+    if let Some(firmware) = e2e::qemu::firmware().filter(|_| !microvm) {
+        command.args(["-bios", firmware]);
+    }
     command.args(["-cpu", "host,migratable=off,-arch-capabilities", "-smp", "1", "-m", &memory.to_string()]);
     // Shared with whoever serves the devices; otherwise like any other memory.
     command.args(["-object", &format!("memory-backend-memfd,id=ram,size={memory}M,share=on")]);
