@@ -205,17 +205,22 @@ fn other_rules_cut_what_they_do_not_allow() {
     let one = [allow(Direction::In, Protocol::Tcp, (80, 80), everybody())];
     let mut server = Member::new(&network, 11, Some((WEB, &one)));
     let mut client = Member::new(&network, 12, None);
+    let port = server.port;
+    let set = |to| network.set_rules(port, vec![WEB], Arc::new(rules(to)));
     let opening = client.tcp(&server, 999, 80, SYN);
     arrives(&mut client, &mut server, &opening);
     let answer = server.tcp(&client, 80, 999, SYN | ACK);
     arrives(&mut server, &mut client, &answer);
-    network.set_rules(server.port, Arc::new(rules(81))).unwrap();
+    // Those of a device that is not there any more are not this one's.
+    network.set_rules(port, vec![OTHER], Arc::default()).unwrap();
+    arrives(&mut server, &mut client, &answer);
+    set(81).unwrap();
     let data = client.tcp(&server, 999, 80, ACK);
     is_shut_out(&mut client, &mut server, &data, DropReason::DeniedIn);
     is_kept(&mut server, &answer, DropReason::DeniedOut);
     let opening = client.tcp(&server, 999, 81, SYN);
     arrives(&mut client, &mut server, &opening);
-    network.set_rules(server.port, Arc::new(rules(80))).unwrap();
+    set(80).unwrap();
     arrives(&mut client, &mut server, &data);
 }
 

@@ -25,7 +25,7 @@ use crate::capture::Sink;
 use crate::conntrack::Filter;
 use crate::drops::Drops;
 use crate::mac::MacAddr;
-use crate::security::rules::Rules;
+use crate::security::rules::{GroupId, Rules};
 use crate::subnet::{Interface, Subnet};
 use crate::switch::PortId;
 use allowance::Exceeded;
@@ -107,13 +107,14 @@ impl Network {
         self.tell(Task::Unplug(port));
     }
 
-    /// Gives a device's filter other rules. They hold when this returns.
+    /// Gives the filter of a device that has these security groups other rules. They hold when this returns. If there is
+    /// another device at `port` meanwhile, with other groups, it keeps its rules.
     ///
     /// # Errors
     /// The network's thread does not answer.
-    pub fn set_rules(&self, port: PortId, rules: Arc<Rules>) -> Result<(), Error> {
+    pub fn set_rules(&self, port: PortId, groups: Vec<GroupId>, rules: Arc<Rules>) -> Result<(), Error> {
         let deadline = Instant::now() + PATIENCE;
-        self.ask(|reply| Task::SetRules(port, rules, reply), deadline).ok_or_else(no_answer)
+        self.ask(|reply| Task::SetRules(port, groups, rules, reply), deadline).ok_or_else(no_answer)
     }
 
     /// Gives a queue of a device to the network's thread.

@@ -33,7 +33,7 @@ use crate::frame::{Bytes, FRAME_MAX, Frame, HEAD_MAX, Memory};
 use crate::guard::{Question, Verdict};
 use crate::host::tap::Tap;
 use crate::mac::MacAddr;
-use crate::security::rules::{Members, Rules};
+use crate::security::rules::{GroupId, Members, Rules};
 use crate::subnet::{Interface, Subnet};
 use crate::switch::{Egress, Ingress, PortId, Switch};
 
@@ -60,8 +60,8 @@ pub(super) enum Task {
     Plug(Interface, Option<Box<Filter>>, SyncSender<Result<(PortId, Arc<Drops>), Taken>>),
     /// Unplug it. Its queues have been stopped.
     Unplug(PortId),
-    /// Other rules for a device with security groups.
-    SetRules(PortId, Arc<Rules>, SyncSender<()>),
+    /// Other rules for a device with these security groups.
+    SetRules(PortId, Vec<GroupId>, Arc<Rules>, SyncSender<()>),
     /// A queue of a device starts.
     Start(PortId, Box<Ring>, SyncSender<Result<(), Error>>),
     /// A queue of a device stops, if it was started.
@@ -295,8 +295,8 @@ impl Worker {
             Task::Plug(interface, filter, reply) => {
                 let _ = reply.send(self.plug(interface, filter));
             }
-            Task::SetRules(id, rules, reply) => {
-                self.set_rules(id, rules);
+            Task::SetRules(id, groups, rules, reply) => {
+                self.set_rules(id, &groups, rules);
                 let _ = reply.send(());
             }
             Task::Unplug(id) => {

@@ -34,8 +34,8 @@ impl Networks {
             let concerned =
                 entry.devices.values().filter(|plug| specs.iter().any(|spec| plug.groups.contains(&spec.id)));
             for plug in concerned {
-                let (_, rules) = groups.rules_of(&plug.groups)?;
-                network.set_rules(plug.port, Arc::new(rules))?;
+                let (numbers, rules) = groups.rules_of(&plug.groups)?;
+                network.set_rules(plug.port, numbers, Arc::new(rules))?;
             }
         }
         written?;

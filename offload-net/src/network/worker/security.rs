@@ -7,13 +7,15 @@ use crate::conntrack::flow::{Direction, Packet};
 use crate::conntrack::{self, Denied};
 use crate::drops::DropReason;
 use crate::frame::Frame;
-use crate::security::rules::Rules;
+use crate::security::rules::{GroupId, Rules};
 use crate::switch::{Egress, Ingress, PortId};
 
 impl Worker {
-    /// Gives a device's filter other rules.
-    pub(super) fn set_rules(&mut self, id: PortId, rules: Arc<Rules>) {
-        if let Some(filter) = filtered(&mut self.ports, Some(id)).and_then(|p| p.filter.as_mut()) {
+    /// Gives a device's filter other rules, if it is still the one with these groups.
+    pub(super) fn set_rules(&mut self, id: PortId, groups: &[GroupId], rules: Arc<Rules>) {
+        if let Some(filter) = filtered(&mut self.ports, Some(id)).and_then(|p| p.filter.as_mut())
+            && filter.groups() == groups
+        {
             filter.set_rules(rules);
         }
     }
