@@ -68,7 +68,7 @@ fn a_small_reader_beside_a_flood_gets_on() {
         let path = path.to_str().expect("path").to_owned();
         card.create_block(id, BlockDeviceSpec { path, queues: 1, direct: true, ..Default::default() })
     };
-    let (Ok(victim), Ok(flood)) = (disk("victim", 64 << 20), disk("flood", 256 << 20)) else {
+    let (Ok(victim), Ok(flood)) = (disk("victim", 32 << 20), disk("flood", 64 << 20)) else {
         return println!("no direct I/O here");
     };
     let reads = |name: &str| {

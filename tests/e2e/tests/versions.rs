@@ -36,7 +36,7 @@ fn record(version: u8, path: &Path, unknown: &[u8]) -> Vec<u8> {
 const UNKNOWN: &[u8] = b"\xc0\x3e\x07\xca\x3e\x03new";
 
 fn serves(dir: &Path, name: &str, device: &Device) {
-    let mut vm = Vm::boot(dir, config(name, JOB, vec![slot("disk0", device)]));
+    let vm = Vm::boot(dir, config(name, JOB, vec![slot("disk0", device)]));
     let results = vm.reports.finish(Duration::from_secs(120));
     assert_eq!((&results[0]["errors"], &results[0]["mismatches"]), (&0.into(), &0.into()), "{results:#?}");
 }
