@@ -6,6 +6,7 @@ use proto::error::Error;
 use proto::v1::{BootSource, DiskSpec, ImageFormat, NetworkSpec, NicSpec, VmSpec};
 
 use super::mac::Mac;
+use super::metadata;
 
 /// Guest memory comes in units of this many bytes.
 const MEMORY_UNIT: u64 = 2 << 20;
@@ -76,6 +77,7 @@ pub(crate) fn complete_vm(mut spec: VmSpec) -> Result<VmSpec, Error> {
         complete_nic(i, nic)?;
     }
     check_unique(&spec)?;
+    metadata::complete(&mut spec)?;
     Ok(spec)
 }
 

@@ -6,5 +6,6 @@ mod create;
 mod daemon;
 mod life;
 mod limits;
+mod metadata;
 mod restart;
 mod support;
