@@ -68,7 +68,7 @@ fn name(line: &str, others: &[SshPublicKey]) -> String {
     if !plain.is_empty() && !taken(&plain) {
         return plain;
     }
-    let stem = if plain.is_empty() { "key" } else { &plain };
+    let stem = if plain.is_empty() { "key" } else { plain.as_str() };
     // One of them is free: there is one more than others.
     (0..=others.len()).map(|n| format!("{stem}{n}")).find(|n| !taken(n)).unwrap_or_default()
 }

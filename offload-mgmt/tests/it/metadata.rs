@@ -94,7 +94,7 @@ async fn what_cannot_be_told_is_refused_before_anything_is_made() {
         (&["--user-data", "/dev/zero"], 1, "longer than 16384 bytes"),
         (&["--no-metadata", "--ssh-key", KEY], 2, "cannot be used with"),
     ] {
-        let output = create(&setup, "web", &[&["--nic", "vpc"], options].concat()).await;
+        let output = create(&setup, "web", &[&["--nic", "vpc"][..], options].concat()).await;
         let err = String::from_utf8_lossy(&output.stderr);
         assert!(output.status.code() == Some(status) && err.contains(says), "{options:?}: {err}");
     }

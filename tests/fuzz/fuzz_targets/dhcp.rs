@@ -57,7 +57,8 @@ fuzz_target!(|data: &[u8]| {
         message.extend([0, 2, 0, 10, 0, 3, 0, 1]);
         message.extend(SUBNET.gateway_mac.0);
     }
-    if let Ok(Some(length)) = dhcp6::reply(&message, INTERFACE.link_local(), &INTERFACE, &SUBNET, &mut buffer) {
+    if let Ok(Some(length)) = dhcp6::reply(&message, INTERFACE.link_local(), &INTERFACE, &SUBNET, &mut buffer)
+    {
         assert_eq!(usize::from(u16::from_be_bytes([buffer[18], buffer[19]])), length - 54);
         let reply = &buffer[HEADERS6..length];
         assert!([2, 7].contains(&reply[0]) && reply[1..4] == message[1..4]);

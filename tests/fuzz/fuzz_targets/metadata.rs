@@ -86,7 +86,8 @@ fn packets(mut input: Input<'_>) {
         let length = usize::from(input.u8());
         let payload = input.bytes(length);
         let raw = choices & 2 != 0 && choices & 4 != 0;
-        let packet = if raw { payload.to_vec() } else { segment(choices, flags, sequence, acknowledged, payload) };
+        let packet =
+            if raw { payload.to_vec() } else { segment(choices, flags, sequence, acknowledged, payload) };
         let _ = service.receive(&INTERFACE, &SUBNET, &packet, now);
         if let Some(frames) = service.frames(MAC) {
             frames.drain(|f| (sequence, acknowledged) = seen(f).unwrap_or((sequence, acknowledged)));
@@ -98,7 +99,11 @@ fn packets(mut input: Input<'_>) {
             Some(next) => now = now.max(next),
             None => return,
         }
-        service.tend(&SUBNET, now, |_, frames| frames.drain(|f| drop(seen(f))));
+        service.tend(&SUBNET, now, |_, frames| {
+            frames.drain(|f| {
+                seen(f);
+            })
+        });
     }
     panic!("something is always due");
 }
