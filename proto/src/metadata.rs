@@ -28,13 +28,15 @@ impl Metadata {
         }
         if self.ssh_keys.len() > KEYS_MAX {
             let what = format!("{} public keys are more than {KEYS_MAX}", self.ssh_keys.len());
-            return Err(Error::invalid_field("metadata.ssh_keys", what));
+            return Err(Error::invalid_field("metadata.ssh_keys", what)
+                .remedy("let the guest fetch the others, e.g. by user data"));
         }
         for (i, key) in self.ssh_keys.iter().enumerate() {
             key.check()?;
             if self.ssh_keys.iter().take(i).any(|other| other.name == key.name) {
                 let what = format!("two public keys are called {}", key.name);
-                return Err(Error::invalid_field("metadata.ssh_keys.name", what));
+                return Err(Error::invalid_field("metadata.ssh_keys.name", what)
+                    .remedy("give each key a name of its own"));
             }
         }
         if self.user_data.len() > USER_DATA_MAX {
@@ -85,7 +87,8 @@ fn named(field: &str, text: &str, more: &str) -> Result<(), Error> {
         return Ok(());
     }
     let what = format!("{text:?} is not 1 to {NAME_MAX} characters of A-Z, a-z, 0-9 and .-{more}");
-    Err(Error::invalid_field(&format!("metadata.{field}"), what))
+    Err(Error::invalid_field(&format!("metadata.{field}"), what)
+        .remedy("choose another, of these characters"))
 }
 
 #[cfg(test)]

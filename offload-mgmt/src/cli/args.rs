@@ -304,6 +304,20 @@ pub(crate) struct Create {
     /// With security groups it gets and sends what their rules allow, and up to N connections (65536) are tracked for it.
     #[arg(long = "nic", short, value_name = "NIC")]
     pub nics: Vec<NicOption>,
+    /// An SSH public key for its user, or a file with such keys; may be given several times
+    ///
+    /// The guest is told by the metadata service (169.254.169.254) of a network with a prefix, for example by cloud-init.
+    #[arg(long = "ssh-key", value_name = "KEY|FILE")]
+    pub ssh_keys: Vec<String>,
+    /// A file with user data for its first boot, up to 16K: a script, a cloud-config
+    #[arg(long, value_name = "FILE")]
+    pub user_data: Option<PathBuf>,
+    /// Whether the metadata service answers requests without a token, as cloud-init sends them outside of EC2
+    #[arg(long, value_enum, value_name = "WHEN", default_value_t = Tokens::Required)]
+    pub metadata_tokens: Tokens,
+    /// Have no metadata service for it
+    #[arg(long, conflicts_with_all = ["ssh_keys", "user_data", "metadata_tokens"])]
+    pub no_metadata: bool,
     /// Define it only
     #[arg(long)]
     pub no_start: bool,
@@ -312,13 +326,24 @@ pub(crate) struct Create {
     pub token: Option<String>,
 }
 
+/// When a request to the metadata service must come with a token.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Tokens {
+    /// Always.
+    Required,
+    /// Never; one that is wrong is refused.
+    Optional,
+}
+
 const CREATE_EXAMPLES: &str = "\
 Examples:
   outboard vm create web --kernel /boot/vmlinuz --initramfs /boot/initrd.img \\
       --cmdline 'console=ttyS0 root=/dev/vda rw' --disk /srv/web.img --nic default
   outboard vm create db --kernel vmlinux --memory 4G --vcpus 4 \\
       --disk path=/srv/root.qcow2,format=qcow2 --disk path=/srv/db.img,queues=4,direct \\
-      --nic network=default,mac=02:00:00:12:34:56";
+      --nic network=default,mac=02:00:00:12:34:56
+  outboard vm create app --kernel vmlinuz --disk /srv/cloud.img --nic lan \\
+      --ssh-key ~/.ssh/id_ed25519.pub --user-data cloud-config.yaml --metadata-tokens optional";
 
 /// `outboard network ...`
 #[derive(Debug, Subcommand)]

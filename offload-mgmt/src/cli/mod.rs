@@ -18,6 +18,7 @@ mod client;
 mod console;
 mod failure;
 mod limit;
+mod metadata;
 mod options;
 mod render;
 mod security;
@@ -164,6 +165,7 @@ async fn create(cli: &Cli, client: &Client, options: &Create) -> Result<(), Fail
         boot: Some(boot),
         disks: options.disks.iter().map(|d| d.0.clone()).collect(),
         nics: options.nics.iter().map(|n| n.0.clone()).collect(),
+        metadata: Some(metadata::of(options)?),
     };
     let client_token = options.token.clone().unwrap_or_else(|| uuid::Uuid::new_v4().to_string());
     let request = CreateVmRequest { client_token, spec: Some(spec), no_start: options.no_start };

@@ -5,10 +5,13 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use proto::error::{Error, ErrorReason};
-use proto::v1::{BlockDeviceSpec, DeviceSpec, DiskSpec, NetDeviceSpec, NicSpec, VmSpec, device_spec::Kind};
+use proto::v1::{
+    BlockDeviceSpec, DeviceSpec, DiskSpec, Metadata, NetDeviceSpec, NicSpec, VmSpec, device_spec::Kind,
+};
 
 use super::card::{Card, CardKind};
 use super::mac::Mac;
+use super::metadata;
 
 /// A card as configured: a name and a control socket.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -137,8 +140,10 @@ impl Cards {
     /// INVALID_FIELD for a card that is no longer configured.
     pub(crate) fn devices_of(&self, vm: &str, spec: &VmSpec) -> Result<Vec<Placed>, Error> {
         let disks = spec.disks.iter().map(|d| (d.id.as_str(), d.card.as_str(), block(d), d.limits, None));
-        let nics =
-            spec.nics.iter().map(|n| (n.id.as_str(), n.card.as_str(), net(n, &spec.name), None, n.limits));
+        let nics = spec.nics.iter().enumerate().map(|(i, n)| {
+            let metadata = metadata::of_nic(vm, spec, i, n);
+            (n.id.as_str(), n.card.as_str(), net(n, &spec.name, metadata), None, n.limits)
+        });
         disks
             .chain(nics)
             .map(|(slot, card, kind, limits, net_limits)| {
@@ -171,7 +176,7 @@ fn block(disk: &DiskSpec) -> Kind {
     })
 }
 
-fn net(nic: &NicSpec, vm_name: &str) -> Kind {
+fn net(nic: &NicSpec, vm_name: &str, metadata: Option<Metadata>) -> Kind {
     Kind::Net(NetDeviceSpec {
         network: nic.network.clone(),
         mac: nic.mac.parse::<Mac>().map(|m| m.bytes().to_vec()).unwrap_or_default(),
@@ -183,6 +188,7 @@ fn net(nic: &NicSpec, vm_name: &str) -> Kind {
         hostname: if nic.addresses.is_empty() { String::new() } else { vm_name.to_owned() },
         security_groups: nic.security_groups.clone(),
         max_connections: nic.max_connections,
+        metadata,
     })
 }
 

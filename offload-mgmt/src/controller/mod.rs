@@ -22,6 +22,7 @@ mod create;
 mod events;
 pub(crate) mod host;
 mod mac;
+mod metadata;
 mod network;
 mod registry;
 pub(crate) mod rpc;

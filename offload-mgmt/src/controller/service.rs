@@ -106,7 +106,12 @@ impl Api for Controller {
     }
 
     async fn list_vms(&self, _: Request<ListVmsRequest>) -> Result<Response<ListVmsResponse>, Status> {
-        let vms = self.ctx.registry.vms().iter().map(|vm| vm.message(Vec::new())).collect();
+        let mut vms: Vec<VmMessage> =
+            self.ctx.registry.vms().iter().map(|vm| vm.message(Vec::new())).collect();
+        // Of all VMs together it can be more than a message holds.
+        for metadata in vms.iter_mut().filter_map(|vm| vm.spec.as_mut()?.metadata.as_mut()) {
+            metadata.user_data.clear();
+        }
         Ok(Response::new(ListVmsResponse { vms }))
     }
 

@@ -8,6 +8,7 @@ use proto::error::Error;
 use proto::v1::{BootSource, DiskSpec, ImageFormat, NetworkSpec, NicSpec, VmSpec};
 
 use super::mac::Mac;
+use super::metadata;
 pub(crate) use security::{complete_group, complete_rule};
 
 /// Guest memory comes in units of this many bytes.
@@ -79,6 +80,7 @@ pub(crate) fn complete_vm(mut spec: VmSpec) -> Result<VmSpec, Error> {
         complete_nic(i, nic)?;
     }
     check_unique(&spec)?;
+    metadata::complete(&mut spec)?;
     Ok(spec)
 }
 

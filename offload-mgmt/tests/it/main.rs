@@ -7,6 +7,7 @@ mod create;
 mod daemon;
 mod life;
 mod limits;
+mod metadata;
 mod restart;
 mod security;
 mod support;

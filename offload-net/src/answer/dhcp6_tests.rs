@@ -213,7 +213,10 @@ proptest! {
     #[test]
     fn any_message_is_borne(
         kind in 0..14_u8,
-        parts in prop::collection::vec((prop::sample::select(vec![1_u16, 2, 3, 4, 5, 14, 25, 999]), prop::collection::vec(any::<u8>(), 0..60)), 0..8),
+        parts in prop::collection::vec(
+            (prop::sample::select(vec![1_u16, 2, 3, 4, 5, 14, 25, 999]), prop::collection::vec(any::<u8>(), 0..60)),
+            0..8,
+        ),
         tail in prop::collection::vec(any::<u8>(), 0..9), ours: bool,
     ) {
         let mut m = vec![kind, 7, 8, 9];

@@ -1,8 +1,8 @@
 //! Router advertisements (RFC 4861 section 4.2): how a guest configures IPv6.
 //!
-//! Addresses are the control plane's to give, so a guest is told to make none of its own and to ask for them by DHCPv6 (M). It is told
-//! what is on the link, how large packets may be, and the gateway, if there is a way out. Where the guest is also told about
-//! itself, the metadata service's address is on the link: so it is reached without a gateway, too.
+//! Addresses are the control plane's to give, so a guest is told to make none of its own and to ask for them by DHCPv6 (M).
+//! It is told what is on the link, how large packets may be, and the gateway, if there is a way out. Where the guest is also
+//! told about itself, the metadata service's address is on the link: so it is reached without a gateway, too.
 
 use std::net::Ipv6Addr;
 

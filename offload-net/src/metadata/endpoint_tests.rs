@@ -297,7 +297,11 @@ fn tokens_outlive_connections_and_nothing_else_does() {
 proptest! {
     /// Whatever packets come, the service lives, what it sends is right, and it is not due again and again.
     #[test]
-    fn any_packets_are_borne(packets in prop::collection::vec((prop::collection::vec(any::<u8>(), 0..120), 0..3_u8, any::<u8>(), 0..20_u64), 0..30)) {
+    fn any_packets_are_borne(
+        packets in prop::collection::vec(
+            (prop::collection::vec(any::<u8>(), 0..120), 0..3_u8, any::<u8>(), 0..20_u64), 0..30,
+        ),
+    ) {
         let mut t = Test::new(|_| {});
         for (mut p, kind, flags, wait) in packets {
             if p.len() >= 60 && kind > 0 {

@@ -181,7 +181,9 @@ proptest! {
     fn any_request_is_borne(
         bytes in prop::collection::vec(any::<u8>(), 0..300),
         method in "(GET|PUT|HEAD|[A-Z]{1,9})", path in "/(latest/(api/token|meta-data/[^ ]{0,20})?)?",
-        names in prop::collection::vec((prop::sample::select(vec![TOKEN, TTL, "Content-Length", "Connection"]), "[^\r\n]{0,70}"), 0..4),
+        names in prop::collection::vec(
+            (prop::sample::select(vec![TOKEN, TTL, "Content-Length", "Connection"]), "[^\r\n]{0,70}"), 0..4,
+        ),
         sensible: bool,
     ) {
         let mut s = Service::new();

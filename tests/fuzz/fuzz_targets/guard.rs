@@ -2,15 +2,17 @@
 //! one receiver, and what is answered is answered with the truth.
 #![no_main]
 
+use std::net::Ipv6Addr;
 use std::sync::LazyLock;
 
 use fuzz::input::Input;
 use libfuzzer_sys::fuzz_target;
-use offload_net::answer::{self, dhcp};
+use offload_net::answer::{self, dhcp, dhcp6};
 use offload_net::frame::offload::Offloads;
 use offload_net::frame::{Bytes, ETH_HEADER, Frame, HEAD_MAX, Memory};
 use offload_net::guard::{self, Question, Verdict};
 use offload_net::mac::MacAddr;
+use offload_net::metadata::{ADDRESS_V4, ADDRESS_V6};
 use offload_net::subnet::{Interface, Subnet};
 use vm_memory::VolatileSlice;
 
@@ -63,12 +65,23 @@ fuzz_target!(|data: &[u8]| {
             assert!(request.operation == 1 && request.sender_mac.0 == MAC && bytes[6..12] == MAC);
         }
         Ok(Verdict::Answer(Question::Neighbour { from, .. })) => {
-            assert!(from.is_unspecified() || from.octets() == OWN6 || from == INTERFACE.link_local());
+            assert!(from.is_unspecified() || own6(from));
+        }
+        Ok(Verdict::Answer(Question::Router(from))) => {
+            assert!(from.is_unspecified() || own6(from));
+        }
+        Ok(Verdict::Answer(Question::Dhcp6 { from, message })) => {
+            assert!(own6(from));
+            let message = copied(&frame, &bytes, message);
+            let mut buffer = [0; answer::MAX];
+            let _ = dhcp6::reply(&message, from, &INTERFACE, &SUBNET, &mut buffer);
+        }
+        Ok(Verdict::Answer(Question::Metadata(part))) => {
+            let packet = copied(&frame, &bytes, part);
+            assert!(packet[12..16] == OWN || own6(first16(&packet[8..]).into()));
         }
         Ok(Verdict::Answer(Question::Dhcp(part))) => {
-            let mut message = vec![0; part.len];
-            assert!(frame.copy_out(part.start, &mut message), "it lies in the frame");
-            assert_eq!(message, bytes[part.start..part.start + part.len]);
+            let message = copied(&frame, &bytes, part);
             let mut buffer = [0; answer::MAX];
             if let Ok(Some(length)) = dhcp::reply(&message, &INTERFACE, &SUBNET, &mut buffer) {
                 let reply = &buffer[42..length];
@@ -79,18 +92,36 @@ fuzz_target!(|data: &[u8]| {
     }
 });
 
+fn own6(address: Ipv6Addr) -> bool {
+    address.octets() == OWN6 || address == INTERFACE.link_local()
+}
+
+fn first16(bytes: &[u8]) -> [u8; 16] {
+    bytes[..16].try_into().expect("16 bytes")
+}
+
+/// A part of the frame that the guard has found.
+fn copied(frame: &Frame<'_>, bytes: &[u8], part: Bytes) -> Vec<u8> {
+    let mut copy = vec![0; part.len];
+    assert!(frame.copy_out(part.start, &mut copy), "it lies in the frame");
+    assert_eq!(copy, bytes[part.start..part.start + part.len]);
+    copy
+}
+
 /// By other means than the guard's.
 fn forwarded(f: &[u8]) {
     assert!(f[0] & 1 == 0 && f[6..12] == MAC);
     match f[12..14] {
         [8, 0] => {
             assert_eq!(f[26..30], OWN);
+            assert_ne!(f[30..34], ADDRESS_V4.octets(), "the metadata service is nowhere else");
             let l4 = 14 + usize::from(f[14] & 15) * 4;
             let first = f[20] & 0x1f == 0 && f[21] == 0;
             assert!(!(f[23] == 17 && first && f[l4..l4 + 4] == [0, 67, 0, 68]), "a DHCP server");
         }
         [0x86, 0xdd] => {
-            assert!(f[22..38] == OWN6 || f[22..38] == INTERFACE.link_local().octets());
+            assert!(own6(first16(&f[22..]).into()));
+            assert_ne!(f[38..54], ADDRESS_V6.octets(), "the metadata service is nowhere else");
             assert!(!(f[20] == 58 && (134..=137).contains(&f[54])), "neighbour discovery");
             assert!(!(f[20] == 17 && f[54..58] == [2, 35, 2, 34]), "a DHCPv6 server");
         }

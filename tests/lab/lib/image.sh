@@ -29,6 +29,6 @@ guest_mask+=,proc-sys-fs-binfmt_misc.automount
 # guest_image: the same for the guest the lab host boots under Outboard.
 guest_image() {
   "$top/deploy/debian-image" --name lab-guest --size 1G "$@" \
-    --include openssh-server,fio --put "$(lab_key).pub:/root/.ssh/authorized_keys" \
+    --include openssh-server,fio,curl --put "$(lab_key).pub:/root/.ssh/authorized_keys" \
     --mask "$guest_mask"
 }

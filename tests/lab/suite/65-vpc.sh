@@ -13,7 +13,10 @@ cloud() {
   outboard vm create "$name" --memory 512M --vcpus 1 --kernel "$images/vmlinuz" --initramfs "$images/initrd.img" \
     --cmdline "console=ttyS0 root=/dev/vda rw quiet net.ifnames=0" --disk "path=$(root_disk "$name")" "$@"
 }
-check "vm create left, with an address" cloud left --nic network=vpc,address=10.90.0.11
+ssh-keygen -q -t ed25519 -N '' -C lab@vpc -f "$RESULTS/vpc_key" </dev/null
+printf '#!/bin/sh\necho hello\n' >"$RESULTS/user-data"
+check "vm create left, with an address and something to be told" cloud left --nic network=vpc,address=10.90.0.11 \
+  --ssh-key "$RESULTS/vpc_key.pub" --user-data "$RESULTS/user-data"
 check "vm create right, with none" cloud right --nic network=vpc
 for name in left right; do record "/out/console-$name.txt" outboard vm console "$name"; done
 check "vm show tells the addresses" same "$(outboard vm show left --output json | jq -r '.nics[0].addresses | join(" ")')" "10.90.0.11 fd00:90::2"
@@ -38,11 +41,30 @@ check "left pings right" guest left ping -q -c 3 -W 5 10.90.0.2
 check "left pings the gateway, which is the host" guest left ping -q -c 3 -W 5 10.90.0.1
 check "the host pings right" ping -q -c 3 -W 5 10.90.0.2
 check "frames of 9000 bytes pass, unfragmented" guest left ping -q -c 2 -W 5 -M "do" -s 8972 10.90.0.2
-ipv6() {
-  guest left "ip -6 address add fd00:90::2/64 dev $nic" && guest right "ip -6 address add fd00:90::3/64 dev \$($interface)" &&
-    guest left ping -q -c 3 -W 5 fd00:90::3 && guest left ping -q -c 3 -W 5 fd00:90::1
+has_ipv6() { guest left "ip -oneline -6 address show dev $nic" | grep -q 'fd00:90::2/128 .*dynamic'; }
+check "left's IPv6 address is of DHCPv6" within 60 has_ipv6
+check "and it has made itself none" not guest left "ip -oneline -6 address show dev $nic scope global | grep -v fd00:90::2/128"
+check "its IPv6 route goes by the gateway that advertises" grep -q '^default .*via fe80::.* proto ra' <(guest left ip -6 route)
+ipv6() { guest left ping -q -c 3 -W 5 fd00:90::3 && guest left ping -q -c 3 -W 5 fd00:90::1; }
+check "left pings right and the gateway over IPv6" within 60 ipv6
+
+# status URL, told URL PATH: what curl in left is answered without a token, and with one.
+status() { guest left "curl -gs -o /dev/null -m 10 -w '%{http_code}' $1"; }
+told() {
+  guest left "token=\$(curl -gsf -m 10 -X PUT -H 'X-aws-ec2-metadata-token-ttl-seconds: 60' $1/latest/api/token) &&
+    curl -gsf -m 10 -H \"X-aws-ec2-metadata-token: \$token\" $1/latest/$2"
 }
-check "over IPv6 too, under the addresses that it was given" ipv6
+for imds in http://169.254.169.254 'http://[fd00:ec2::254]'; do
+  check "$imds tells nothing without a token" same "$(status "'$imds/latest/meta-data/'")" 401
+  check "$imds tells left its instance id" grep -qE '^i-[0-9a-f]{17}$' <(told "'$imds'" meta-data/instance-id)
+done
+imds=http://169.254.169.254
+check "and its name" same "$(told $imds meta-data/local-hostname)" left
+check "and its address" same "$(told $imds meta-data/local-ipv4)" 10.90.0.11
+check "and its user's key" same "$(told $imds meta-data/public-keys/0/openssh-key)" "$(<"$RESULTS/vpc_key.pub")"
+check "and its user data" same "$(told $imds user-data)" "$(<"$RESULTS/user-data")"
+check "through a proxy there is no token" same "$(guest left "curl -gs -o /dev/null -m 10 -w '%{http_code}' -X PUT \
+  -H 'X-Forwarded-For: 10.90.0.2' -H 'X-aws-ec2-metadata-token-ttl-seconds: 60' $imds/latest/api/token")" 403
 
 drops() { outboard vm stats left --output json | jq ".devices[] | select(.id == \"nic0\") | .drops.$1"; }
 # Echo requests that right's kernel has seen.
@@ -56,6 +78,7 @@ check "left still pings right under its own" guest left ping -q -c 1 -W 5 10.90.
 
 kill -KILL "$(service_pid offload-net.service)"
 check "after the card was killed guests reach each other" within 30 guest left ping -q -c 1 -W 5 10.90.0.2
+check "and left is told as before, with another token" same "$(told $imds meta-data/local-hostname)" left
 check "and DHCP is answered as before" guest left "networkctl renew $nic && sleep 3 && ip -oneline -4 address show dev $nic | grep -q 10.90.0.11/24"
 
 for name in left right; do check "vm rm --force $name" outboard vm rm "$name" --force; done
