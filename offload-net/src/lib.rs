@@ -12,7 +12,7 @@
 //! - [`subnet`], [`guard`], [`answer`]: networks with a prefix: who has which address, what a guest may send, and what the
 //!   card answers itself; [`drops`] counts what goes nowhere;
 //! - [`network`]: a network's thread and its queues; [`network::allowance`]: what limits do there;
-//! - [`capture`]: copies of a device's frames as a pcapng file;
+//! - [`capture`]: copies of a device's frames as a pcapng file; [`flow`]: the flow log;
 //! - [`host`]: TAP interfaces;
 //! - [`device`]: the virtio-net device;
 //! - [`registry`], [`store`], [`service`]: the networks of a card, kept across its restarts, and the gRPC service.
@@ -26,6 +26,7 @@ pub mod answer;
 pub mod capture;
 pub mod device;
 pub mod drops;
+pub mod flow;
 pub mod frame;
 pub mod guard;
 pub mod host;

@@ -22,6 +22,7 @@ use tonic::Code;
 
 use crate::capture::Sink;
 use crate::drops::Drops;
+use crate::flow::FlowLog;
 use crate::mac::MacAddr;
 use crate::subnet::{Interface, Subnet};
 use crate::switch::PortId;
@@ -128,6 +129,11 @@ impl Network {
             .remedy("end one of them first")),
             None => Err(no_answer()),
         }
+    }
+
+    /// Has what its devices send and are sent logged, under this name.
+    pub fn log_flows(&self, log: &FlowLog, id: &str) {
+        self.tell(Task::LogFlows(Box::new(log.recorder(id))));
     }
 
     /// A capture's reader has room again.
