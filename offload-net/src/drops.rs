@@ -4,7 +4,7 @@ use offload_card::ring::Counter;
 use proto::v1::NetDrops;
 
 /// Why a frame goes nowhere. In the order of [`NetDrops`], where each is explained.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum DropReason {
     /// Not the frame it claims to be.
     Malformed,

@@ -13,7 +13,7 @@
 //!   card answers itself; [`drops`] counts what goes nowhere;
 //! - [`security`], [`conntrack`]: security groups, and the connections that they have allowed;
 //! - [`network`]: a network's thread and its queues; [`network::allowance`]: what limits do there;
-//! - [`capture`]: copies of a device's frames as a pcapng file;
+//! - [`capture`]: copies of a device's frames as a pcapng file; [`flow`]: the flow log;
 //! - [`host`]: TAP interfaces;
 //! - [`device`]: the virtio-net device;
 //! - [`registry`], [`store`], [`service`]: the networks of a card, kept across its restarts, and the gRPC service.
@@ -28,6 +28,7 @@ pub mod capture;
 pub mod conntrack;
 pub mod device;
 pub mod drops;
+pub mod flow;
 pub mod frame;
 pub mod guard;
 pub mod host;

@@ -19,6 +19,7 @@ use tonic::Code;
 
 use crate::capture::{self, Source, Wanted};
 use crate::device::{MTU_MAX, MTU_MIN, NetDevice, Settings};
+use crate::flow::FlowLog;
 use crate::host::nat::{self, Nat};
 use crate::host::netlink::Prefix;
 use crate::host::tap;
@@ -47,8 +48,24 @@ struct Inner {
     networks: Mutex<BTreeMap<String, Entry>>,
     /// Devices made so far.
     made: AtomicU64,
-    /// Of all networks' threads.
+    making: Making,
+}
+
+/// What all networks have in common.
+#[derive(Debug)]
+struct Making {
     policy: PollPolicy,
+    flows: Option<FlowLog>,
+}
+
+impl Making {
+    fn start(&self, id: &str, checked: Checked, uplink: Uplink) -> Result<Network, Error> {
+        let network = Network::start(id, checked.mtu, checked.subnet, uplink, self.policy)?;
+        if let Some(log) = &self.flows {
+            network.log_flows(log, id);
+        }
+        Ok(network)
+    }
 }
 
 #[derive(Debug)]
@@ -84,9 +101,9 @@ impl Entry {
     }
 
     /// The network, made again if it was not there.
-    fn network(&mut self, policy: PollPolicy) -> Result<&Arc<Network>, Error> {
+    fn network(&mut self, making: &Making) -> Result<&Arc<Network>, Error> {
         if self.network.is_none() {
-            self.network = Some(Arc::new(restart(&self.spec, policy)?));
+            self.network = Some(Arc::new(restart(&self.spec, making)?));
             tracing::info!(network = self.spec.id, "network is back");
         }
         self.network.as_ref().ok_or_else(|| not_found(&self.spec.id))
@@ -108,13 +125,22 @@ impl Networks {
     /// # Errors
     /// The directory cannot be made or read.
     pub fn open(directory: PathBuf, policy: PollPolicy) -> Result<Self, Error> {
+        Self::open_with(directory, policy, None)
+    }
+
+    /// The same with a flow log.
+    ///
+    /// # Errors
+    /// As [`Networks::open`].
+    pub fn open_with(directory: PathBuf, policy: PollPolicy, flows: Option<FlowLog>) -> Result<Self, Error> {
+        let making = Making { policy, flows };
         let groups = Groups::open(directory.join("security-groups"))?;
         let connections = security::directory(directory.join("connections"))?;
         let store = Store::open(directory)?;
         let mut networks = BTreeMap::new();
         for spec in store.load()? {
             let mut entry = Entry::new(spec, None);
-            if let Err(e) = entry.network(policy) {
+            if let Err(e) = entry.network(&making) {
                 let id = &entry.spec.id;
                 tracing::error!(
                     network = id,
@@ -129,7 +155,7 @@ impl Networks {
             connections,
             networks: Mutex::new(networks),
             made: AtomicU64::new(0),
-            policy,
+            making,
         })))
     }
 
@@ -142,7 +168,7 @@ impl Networks {
         let mut networks = self.lock();
         if let Some(existing) = networks.get_mut(&spec.id) {
             if existing.spec == *spec {
-                existing.network(self.0.policy)?;
+                existing.network(&self.0.making)?;
                 // Somebody may have cleared the host's rules.
                 if let Some(nat) = checked.nat {
                     nat.install()?;
@@ -167,7 +193,7 @@ impl Networks {
         // Written first: a card killed from here on makes the TAP again, and DeleteNetwork finds it.
         self.0.store.save(spec)?;
         let nat = checked.nat.clone();
-        let started = start(&spec.id, checked, self.0.policy).and_then(|network| {
+        let started = start(&spec.id, checked, &self.0.making).and_then(|network| {
             match nat.as_ref().map_or(Ok(()), Nat::install) {
                 Ok(()) => Ok(network),
                 Err(e) => {
@@ -280,7 +306,7 @@ impl DeviceFactory for Networks {
         let mut networks = self.lock();
         let entry = networks.get_mut(&net.network).ok_or_else(|| not_found(&net.network))?;
         let settings = entry.settings(net)?;
-        let network = entry.network(self.0.policy)?.clone();
+        let network = entry.network(&self.0.making)?.clone();
         let device = self.filter(&groups, spec, &net.network, &settings, |filter| {
             NetDevice::plug(&settings, filter, network)
         })?;
@@ -435,24 +461,24 @@ fn remove_nat(spec: &NetworkSpec, taps: &[String]) {
 }
 
 /// A new network: the TAP must be there, or there is no network.
-fn start(id: &str, checked: Checked, policy: PollPolicy) -> Result<Network, Error> {
-    let uplink = match checked.uplink {
+fn start(id: &str, mut checked: Checked, making: &Making) -> Result<Network, Error> {
+    let uplink = match checked.uplink.take() {
         Some(spec) => {
             let tap = spec.open()?;
             Uplink::Up(spec, tap)
         }
         None => Uplink::None,
     };
-    Network::start(id, checked.mtu, checked.subnet, uplink, policy)
+    making.start(id, checked, uplink)
 }
 
 /// A network from before: it is there, with or without the TAP.
-fn restart(spec: &NetworkSpec, policy: PollPolicy) -> Result<Network, Error> {
-    let checked = check(spec)?;
-    if let Some(nat) = checked.nat {
+fn restart(spec: &NetworkSpec, making: &Making) -> Result<Network, Error> {
+    let mut checked = check(spec)?;
+    if let Some(nat) = checked.nat.take() {
         nat.install_later();
     }
-    let uplink = match checked.uplink {
+    let uplink = match checked.uplink.take() {
         Some(spec) => match spec.open() {
             Ok(tap) => Uplink::Up(spec, tap),
             Err(e) => {
@@ -462,7 +488,7 @@ fn restart(spec: &NetworkSpec, policy: PollPolicy) -> Result<Network, Error> {
         },
         None => Uplink::None,
     };
-    Network::start(&spec.id, checked.mtu, checked.subnet, uplink, policy)
+    making.start(&spec.id, checked, uplink)
 }
 
 /// Removes the TAP of a network that could not be made again, if there is one.

@@ -6,7 +6,10 @@ use std::task::{Context, Poll};
 use proto::error::{Error, ErrorReason};
 use proto::v1::network_card_server::NetworkCard;
 use proto::v1::{
-    CapturePart, CaptureRequest, CreateNetworkRequest, DeleteNetworkRequest, DeleteNetworkResponse, DeleteSecurityGroupRequest, DeleteSecurityGroupResponse, ListNetworksRequest, ListNetworksResponse, ListSecurityGroupsRequest, ListSecurityGroupsResponse, Network, NetworkSpec, SecurityGroup, SetSecurityGroupsRequest, SetSecurityGroupsResponse,
+    CapturePart, CaptureRequest, CreateNetworkRequest, DeleteNetworkRequest, DeleteNetworkResponse,
+    DeleteSecurityGroupRequest, DeleteSecurityGroupResponse, ListNetworksRequest, ListNetworksResponse,
+    ListSecurityGroupsRequest, ListSecurityGroupsResponse, Network, NetworkSpec, SecurityGroup,
+    SetSecurityGroupsRequest, SetSecurityGroupsResponse,
 };
 use tokio_stream::Stream;
 use tonic::{Code, Request, Response, Status};

@@ -18,7 +18,8 @@ use proto::v1::network_card_client::NetworkCardClient;
 use proto::v1::storage_card_client::StorageCardClient;
 use proto::v1::{
     CardInfo, CreateDeviceRequest, CreateNetworkRequest, DeleteDeviceRequest, DeleteNetworkRequest, Device,
-    DeviceLimits, DeviceSpec, DeviceStats, GetCardStatsRequest, IdentifyRequest, NetLimits, Network, NetworkSpec, ResizeDeviceRequest, SecurityGroupSpec, SetLimitsRequest,
+    DeviceLimits, DeviceSpec, DeviceStats, GetCardStatsRequest, IdentifyRequest, NetLimits, Network,
+    NetworkSpec, ResizeDeviceRequest, SecurityGroupSpec, SetLimitsRequest,
 };
 use tokio::sync::{Notify, OwnedMutexGuard};
 use tonic::transport::Channel;

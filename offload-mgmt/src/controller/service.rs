@@ -8,7 +8,14 @@ use proto::error::Error;
 use proto::v1::controller_server::Controller as Api;
 use proto::v1::hypervisor_client::HypervisorClient;
 use proto::v1::{
-    CaptureNicRequest, CapturePart, CardStatus, ChangeSecurityGroupRequest, ConsoleInput, ConsoleOutput, CreateNetworkRequest, CreateSecurityGroupRequest, CreateVmRequest, DeleteNetworkRequest, DeleteNetworkResponse, DeleteSecurityGroupRequest, DeleteSecurityGroupResponse, DeleteVmRequest, DeleteVmResponse, Event, GetInfoRequest, GetStatsRequest, GetVmRequest, ListCardsRequest, ListCardsResponse, ListNetworksRequest, ListNetworksResponse, ListSecurityGroupsRequest, ListSecurityGroupsResponse, ListVmsRequest, ListVmsResponse, Network, RebootVmRequest, ResizeDiskRequest, ResizeDiskResponse, SecurityGroup, SetDiskLimitsRequest, SetNicLimitsRequest, SlotInfo, StartVmRequest, StopVmRequest, Vm as VmMessage, VmStats, WatchEventsRequest,
+    CaptureNicRequest, CapturePart, CardStatus, ChangeSecurityGroupRequest, ConsoleInput, ConsoleOutput,
+    CreateNetworkRequest, CreateSecurityGroupRequest, CreateVmRequest, DeleteNetworkRequest,
+    DeleteNetworkResponse, DeleteSecurityGroupRequest, DeleteSecurityGroupResponse, DeleteVmRequest,
+    DeleteVmResponse, Event, GetInfoRequest, GetStatsRequest, GetVmRequest, ListCardsRequest,
+    ListCardsResponse, ListNetworksRequest, ListNetworksResponse, ListSecurityGroupsRequest,
+    ListSecurityGroupsResponse, ListVmsRequest, ListVmsResponse, Network, RebootVmRequest, ResizeDiskRequest,
+    ResizeDiskResponse, SecurityGroup, SetDiskLimitsRequest, SetNicLimitsRequest, SlotInfo, StartVmRequest,
+    StopVmRequest, Vm as VmMessage, VmStats, WatchEventsRequest,
 };
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming};

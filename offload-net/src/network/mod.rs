@@ -24,6 +24,7 @@ use tonic::Code;
 use crate::capture::Sink;
 use crate::conntrack::Filter;
 use crate::drops::Drops;
+use crate::flow::FlowLog;
 use crate::mac::MacAddr;
 use crate::security::rules::{GroupId, Rules};
 use crate::subnet::{Interface, Subnet};
@@ -153,6 +154,11 @@ impl Network {
             .remedy("end one of them first")),
             None => Err(no_answer()),
         }
+    }
+
+    /// Has what its devices send and are sent logged, under this name.
+    pub fn log_flows(&self, log: &FlowLog, id: &str) {
+        self.tell(Task::LogFlows(Box::new(log.recorder(id))));
     }
 
     /// A capture's reader has room again.

@@ -27,6 +27,7 @@ use super::{RX, TX};
 use crate::capture::{self, Direction, Sink};
 use crate::conntrack::Filter;
 use crate::drops::{DropReason, Drops};
+use crate::flow::{self, Action, Recorder};
 use crate::frame::header::{LEN, VnetHeader};
 use crate::frame::offload::{self, Allowed, Offloads};
 use crate::frame::{Bytes, FRAME_MAX, Frame, HEAD_MAX, Memory};
@@ -72,6 +73,8 @@ pub(super) enum Task {
     Capture(PortId, Box<Sink>, SyncSender<bool>),
     /// A capture's reader has room again.
     FlushCaptures,
+    /// Frames are to be added up for the flow log.
+    LogFlows(Box<Recorder>),
     /// Let go of the uplink: the network is about to go, and the TAP with it.
     TakeUplink(SyncSender<Option<Tap>>),
 }
@@ -128,6 +131,8 @@ pub(super) struct Worker {
     waiting: Waiting,
     /// Some port may have captures.
     capturing: bool,
+    /// `None`: there is no flow log.
+    flows: Option<Box<Recorder>>,
     /// Where a frame from the host is read into.
     from_host: Vec<u8>,
 }
@@ -162,6 +167,7 @@ impl Worker {
             dirty: Vec::new(),
             waiting: Waiting::default(),
             capturing: false,
+            flows: None,
             from_host: vec![0; LEN + FRAME_MAX],
         };
         worker.uplink.watch(&worker.poller, UPLINK, NEW_TAP);
@@ -180,11 +186,7 @@ impl Worker {
             if self.active.is_empty() || since_events >= EVENTS_AFTER {
                 since_events = 0;
                 let asleep = self.active.is_empty();
-                let timeout = if asleep {
-                    self.waiting.next().into_iter().chain(self.until_tending()).min()
-                } else {
-                    Some(std::time::Duration::ZERO)
-                };
+                let timeout = if asleep { self.next_moment() } else { Some(std::time::Duration::ZERO) };
                 match self.poller.wait(timeout) {
                     Ok(reported) => tokens.extend(reported),
                     Err(e) => {
@@ -217,6 +219,9 @@ impl Worker {
             if self.capturing {
                 self.flush_captures();
             }
+            if let Some(flows) = &mut self.flows {
+                flows.settle();
+            }
             if frames == 0 && !self.active.is_empty() && self.pacer.idle() == Next::Sleep {
                 self.rest();
             }
@@ -242,6 +247,12 @@ impl Worker {
             self.active.retain(|id| !self.waiting.contains(*id));
         }
         all
+    }
+
+    /// How long the thread may sleep if nobody wakes it; `None`: for ever.
+    fn next_moment(&self) -> Option<std::time::Duration> {
+        let flows = self.flows.as_ref().and_then(|f| f.next());
+        self.waiting.next().into_iter().chain(flows).chain(self.until_tending()).min()
     }
 
     /// Looks again at queues whose next frame may go now.
@@ -342,6 +353,7 @@ impl Worker {
                 let _ = reply.send(taken);
             }
             Task::FlushCaptures => self.flush_captures(),
+            Task::LogFlows(recorder) => self.flows = Some(recorder),
             Task::TakeUplink(reply) => {
                 let tap = std::mem::replace(&mut self.uplink, Uplink::None).take(&self.poller);
                 let _ = reply.send(tap);
@@ -485,7 +497,14 @@ impl Worker {
                 }
             }
             let outcome = match parsed {
-                Ok(frame) => self.forward(&frame, Ingress::Port(id, mac)).map(|()| frame.bytes()),
+                Ok(frame) => {
+                    let outcome = self.forward(&frame, Ingress::Port(id, mac));
+                    if let Some(flows) = &mut self.flows {
+                        let action = outcome.map_or_else(Action::Reject, |()| Action::Accept);
+                        flows.add(mac, flow::Direction::Out, action, &frame);
+                    }
+                    outcome.map(|()| frame.bytes())
+                }
                 Err(_) => Err(DropReason::Malformed),
             };
             heads += (chain.readable_len() as usize).clamp(LEN, LEN + HEAD_MAX) - LEN;
@@ -629,14 +648,20 @@ impl Worker {
 
     /// To a device, as far as its limits admit it.
     fn deliver(&mut self, frame: &Frame<'_>, to: PortId) {
-        if let Some(Port { rx: Some(queue), allowance: Some(allowance), .. }) =
-            self.ports.get_mut(to.0).and_then(Option::as_mut)
+        let Some(port) = self.ports.get_mut(to.0).and_then(Option::as_mut) else { return };
+        let mut action = Action::Accept;
+        if let Port { rx: Some(queue), allowance: Some(allowance), .. } = port
             && !allowance.admits(frame)
         {
             queue.refuse();
-            return;
+            action = Action::Limited;
         }
-        self.give(frame, to);
+        if let Some(flows) = &mut self.flows {
+            flows.add(port.interface.mac, flow::Direction::In, action, frame);
+        }
+        if action == Action::Accept {
+            self.give(frame, to);
+        }
     }
 
     /// To a device. A device without a running queue is like a cable with nobody at its end.
