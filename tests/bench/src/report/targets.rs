@@ -537,10 +537,10 @@ mod tests {
         let name = "Our hypervisor and QEMU before the same card, IOPS";
         let mut results = fixture::results(5);
         results.cells.retain(|c| c.id == NULL_32);
-        set(&mut results, NULL_32, "card-poll", Metric::OpsPerS, 1.0e6);
+        set(&mut results, NULL_32, "card-adaptive", Metric::OpsPerS, 1.0e6);
         set(&mut results, NULL_32, "qemu-card", Metric::OpsPerS, 1.001e6);
         assert_eq!(verdict(&results, name).0, Verdict::Missed);
-        results.cells[0].systems.iter_mut().find(|s| s.system == "card-poll").unwrap().samples[0]
+        results.cells[0].systems.iter_mut().find(|s| s.system == "card-adaptive").unwrap().samples[0]
             .values
             .insert(Metric::OpsPerS, 1.1e6);
         assert_eq!(verdict(&results, name).0, Verdict::Met);
