@@ -267,7 +267,7 @@ mod tests {
             let path = dir.path().join(id);
             std::fs::File::create(&path).and_then(|f| f.set_len(1 << 20)).unwrap();
             let block = BlockDeviceSpec { path: path.to_str().unwrap().to_owned(), ..Default::default() };
-            DeviceSpec { id: id.to_owned(), kind: Some(Kind::Block(block)), limits: None }
+            DeviceSpec { id: id.to_owned(), kind: Some(Kind::Block(block)), ..DeviceSpec::default() }
         };
         std::fs::write(dir.path().join("suspects/a"), "it panicked at once").unwrap();
         let e = card.create(&spec("a"), ConfigNotifier::default()).err().expect("a mark");

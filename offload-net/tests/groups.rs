@@ -51,7 +51,7 @@ fn device(id: &str, guest: &Guest, groups: &[&str]) -> CreateDeviceRequest {
         max_connections: 1000,
         ..Default::default()
     };
-    let spec = DeviceSpec { id: id.to_owned(), kind: Some(Kind::Net(net)), limits: None };
+    let spec = DeviceSpec { id: id.to_owned(), kind: Some(Kind::Net(net)), ..DeviceSpec::default() };
     CreateDeviceRequest { spec: Some(spec), ..Default::default() }
 }
 

@@ -98,7 +98,7 @@ fn a_kernel_finds_the_metadata_service_over_both_protocols() {
     let tap = Tap::open(TAP).unwrap();
     let end = Arc::new(AtomicBool::new(false));
     let addresses = ["10.0.0.11/24".parse().unwrap(), "fd00::b/64".parse().unwrap()];
-    tap.configure(1500, Some(MacAddr(guest.mac)), &addresses).unwrap();
+    tap.configure(1500, Some(MacAddr(guest.mac)), &addresses, false).unwrap();
     let pumping = std::thread::spawn({
         let end = end.clone();
         move || pump(&tap, &mut guest, &end)

@@ -269,7 +269,7 @@ fn fragments_without_their_first_do_not_arrive() {
         let macs = (server.guest.mac, client.guest.mac);
         let mut f = udp4(macs, ([10, 0, 0, 12], 999), ([10, 0, 0, 11], port), &[1; 56], false);
         f[18..20].copy_from_slice(&port.to_be_bytes());
-        f[20..22].copy_from_slice(&(offset / 8 | u16::from(more) << 13).to_be_bytes());
+        f[20..22].copy_from_slice(&((offset / 8) | (u16::from(more) << 13)).to_be_bytes());
         f
     };
     let (good, bad) = ((part(53, 0, true), part(53, 64, false)), (part(54, 0, true), part(54, 64, false)));

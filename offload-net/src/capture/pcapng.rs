@@ -174,7 +174,7 @@ pub(super) mod tests {
         let mut blocks = Vec::new();
         while !file.is_empty() {
             let length = u32_at(file, 4) as usize;
-            assert!(length % 4 == 0 && u32_at(file, length - 4) as usize == length);
+            assert!(length.is_multiple_of(4) && u32_at(file, length - 4) as usize == length);
             let body = &file[8..length - 4];
             blocks.push(match u32_at(file, 0) {
                 0x0a0d_0d0a => {

@@ -287,7 +287,8 @@ mod tests {
             if let Some(place) = bytes.get_mut(12..15) {
                 place.copy_from_slice(if v6 { &[0x86, 0xdd, 0x60] } else { &[8, 0, 0x45] });
             }
-            let (head, tail) = bytes.split_at_mut(bytes.len().min(crate::frame::HEAD_MAX));
+            let length = bytes.len().min(crate::frame::HEAD_MAX);
+            let (head, tail) = bytes.split_at_mut(length);
             let tail_bytes = crate::frame::Bytes { start: 0, len: tail.len() };
             let tail = [vm_memory::VolatileSlice::from(tail)];
             let frame = Frame {

@@ -325,13 +325,10 @@ impl Connection {
     /// Sends as much of the answer as there is room for.
     fn send(&mut self, socket: &mut Socket<'_>, now: Instant) -> bool {
         let Some(rest @ [_, ..]) = self.response.get(self.sent..) else { return false };
-        let n = match socket.send_slice(rest) {
-            Ok(n) => n,
+        let Ok(n) = socket.send_slice(rest) else {
             // The guest is gone, or has never been there.
-            Err(_) => {
-                socket.abort();
-                return true;
-            }
+            socket.abort();
+            return true;
         };
         if n == 0 {
             return false;

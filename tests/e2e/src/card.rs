@@ -136,7 +136,6 @@ impl Card {
             kind: Some(device_spec::Kind::Block(spec)),
             limits: None,
             net_limits: None,
-            net_limits: None,
         })
     }
 
@@ -207,13 +206,12 @@ impl Card {
             kind: Some(device_spec::Kind::Net(spec)),
             limits: None,
             net_limits: None,
-            net_limits: None,
         })
     }
 
     /// Sets what a device may do per second.
     pub fn set_limits(&self, id: &str, limits: DeviceLimits) {
-        let request = SetLimitsRequest { id: id.to_owned(), limits: Some(limits) };
+        let request = SetLimitsRequest { id: id.to_owned(), limits: Some(limits), net_limits: None };
         let answer = self.runtime.block_on(CardClient::new(self.channel.clone()).set_limits(request));
         answer.expect("set limits");
     }
