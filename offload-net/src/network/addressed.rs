@@ -81,8 +81,9 @@ impl Addressed {
         from: Option<&Interface>,
         question: Question,
     ) -> Result<Option<usize>, DropReason> {
-        // Whoever asks for its own address wants to know whether it is another's.
-        let others = |mac: MacAddr| from.is_none_or(|i| i.mac != mac);
+        // Whoever asks for its own address wants to know whether it is another's. The host is the gateway.
+        let own = from.map_or(self.subnet.gateway_mac, |i| i.mac);
+        let others = |mac: MacAddr| mac != own;
         match question {
             Question::Arp(request) => match self.who_has(request.target.into(), from) {
                 Some(mac) if others(mac) => Ok(arp::reply(&request, mac, &mut self.answer)),

@@ -164,7 +164,10 @@ impl Host {
 
     /// The same of networks: files of the card, and interfaces of the calling thread's network namespace.
     pub fn network_leftovers(&self) -> Vec<PathBuf> {
-        let mut left = self.entries(&["offload-net/networks"]);
+        const KEPT: &str = "offload-net/networks";
+        let mut left =
+            self.entries(&[KEPT, &format!("{KEPT}/connections"), &format!("{KEPT}/security-groups")]);
+        left.retain(|path| !path.is_dir());
         let interfaces = std::fs::read_to_string("/proc/thread-self/net/dev").expect("interfaces");
         assert!(interfaces.contains("lo:"), "no namespace without a loopback: {interfaces}");
         let names = interfaces.lines().filter_map(|l| Some(l.split_once(':')?.0.trim()));
