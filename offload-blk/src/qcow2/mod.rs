@@ -215,13 +215,27 @@ impl Inner {
                         self.access.write_zeroes(from, to - from)?;
                     }
                 }
-                _ if self.version >= 3 => self.access.write_zeroes(offset, run)?,
-                _ => self.write_zeros(offset, run)?,
+                _ => self.zero(offset, run)?,
             }
             offset += run;
             length -= run;
         }
         Ok(())
+    }
+
+    /// Makes whole clusters zeros by the tables, if they can say so, and writes the rest. The last cluster is whole where the
+    /// disk ends. (Imago does not count right in parts of a cluster if the disk is smaller than one.)
+    fn zero(&self, offset: u64, length: u64) -> io::Result<()> {
+        let cluster = 1u64 << self.map.cluster_bits;
+        let end = offset + length;
+        let from = offset.next_multiple_of(cluster);
+        let to = if end == self.access.size() { end } else { end & !(cluster - 1) };
+        if self.version < 3 || from >= to {
+            return self.write_zeros(offset, length);
+        }
+        self.write_zeros(offset, from - offset)?;
+        self.access.write_zeroes(from, to - from)?;
+        self.write_zeros(to, end - to)
     }
 
     fn write_zeros(&self, mut offset: u64, mut length: u64) -> io::Result<()> {
@@ -364,6 +378,29 @@ mod tests {
         let transfer = Transfer { op, offset, formatted: true, length, iovecs, unaligned: true };
         // SAFETY: `data` is there.
         unsafe { disk.perform(&Work::new(&transfer)) }
+    }
+
+    /// Zeros in a part of a cluster that is in a backing file, also of a disk smaller than a cluster.
+    #[test]
+    fn a_part_of_a_cluster_becomes_zeros() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = |name: &str| dir.path().join(name).to_str().unwrap().to_owned();
+        for size in [8192, 65536 + 8192] {
+            std::fs::write(path("base.raw"), vec![7; size]).unwrap();
+            let made = std::process::Command::new("qemu-img")
+                .args(["create", "-qf", "qcow2", "-F", "raw", "-b", &path("base.raw"), &path("d.qcow2")])
+                .status();
+            assert!(made.expect("qemu-img is installed").success());
+            let disk = Qcow2::open(&path("d.qcow2"), false, false).unwrap();
+            let mut expected = vec![7; size];
+            for (offset, length) in [(size - 4096, 1024), (512, 512), (size - 1024, 1024), (0, size / 2)] {
+                expected[offset..offset + length].fill(0);
+                assert_eq!(perform(&disk, Op::Zero, offset as u64, &mut vec![0; length]), 0);
+                let mut data = vec![1; size];
+                assert_eq!(perform(&disk, Op::Read, 0, &mut data), size as i32);
+                assert!(data == expected, "{size}: {offset} {length}");
+            }
+        }
     }
 
     /// What the queues go by: a cluster has a place once it was written, and keeps it whatever is done to it.
