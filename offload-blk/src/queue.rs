@@ -4,7 +4,7 @@ use std::fmt;
 use std::io;
 use std::sync::{Arc, Mutex, PoisonError, mpsc};
 
-use offload_card::poll::{Next, Pacer, PollMode, PollPolicy, Receiver};
+use offload_card::poll::{Awaited, Next, Pacer, PollMode, PollPolicy, Receiver};
 use offload_card::{Ring, RingState, slice};
 use proto::error::Error;
 use proto::v1::ErrorReason;
@@ -109,13 +109,17 @@ impl BlockQueue {
                 }
                 // Until when is known: there is nothing to learn, and nothing to look for.
                 Progress::Throttled if self.policy.mode != PollMode::Always => {
+                    pacer.sleeps();
                     self.sleep();
                     pacer.woke();
                 }
                 Progress::Throttled => std::hint::spin_loop(),
-                Progress::Waiting | Progress::Idle => {
+                progress @ (Progress::Waiting | Progress::Idle) => {
+                    let waiting = progress == Progress::Waiting;
+                    let awaited = if waiting { Awaited::Completions } else { Awaited::Driver };
                     let sleepy = self.worker.as_ref().is_some_and(|w| w.should_sleep());
-                    if sleepy || pacer.idle() == Next::Sleep {
+                    if sleepy || pacer.idle(awaited) == Next::Sleep {
+                        pacer.sleeps();
                         self.sleep();
                         pacer.woke();
                     }

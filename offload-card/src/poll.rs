@@ -1,5 +1,6 @@
 //! What a data thread's loop is made of: waiting for kicks, completions and orders, or looking for them.
 
+mod awake;
 mod pace;
 
 use std::cell::Cell;
@@ -11,7 +12,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::mpsc::{self, TryRecvError};
 use std::time::Duration;
 
-pub use pace::{DEFAULT_MAX, Next, Pacer, PollArgs, PollMode, PollPolicy};
+pub use pace::{Awaited, DEFAULT_MAX, Next, Pacer, PollArgs, PollMode, PollPolicy};
 use rustix::event::Timespec;
 use rustix::event::epoll::{self, CreateFlags, EventData, EventFlags};
 use rustix::io::Errno;

@@ -9,14 +9,31 @@
 //!                                                   longer: half the window, soon 0
 //! ```
 //!
-//! So a queue with requests every 20 µs is polled, one with a request every millisecond is not looked at in vain at all.
+//! So a queue with requests every 20 µs is polled, one with a request every millisecond is not looked at in vain at all. While
+//! requests are under way the gaps are others, and so is what a sleep costs: there is a window for these, too.
+//!
+//! A thread that looks while others wait for its CPU takes what it meant to save. Where these are data threads of the same
+//! process, they look and work in turns ([`Awake`]). That it is anybody else it finds out by its clock, which jumps when the
+//! scheduler lets others run; then it sleeps for want of work, for a while, as it would without polling.
 
 use std::time::{Duration, Instant};
+
+use tracing::debug;
+
+use super::awake::Awake;
+use crate::slice;
 
 /// Looks between two looks at the clock.
 const LOOKS: u32 = 16;
 /// A window below this is none.
 const MIN_WINDOW: Duration = Duration::from_micros(2);
+/// What a sleep costs both sides is so many times what a completion's costs, which wakes nobody but the card.
+const COMPLETIONS_DIVISOR: u32 = 4;
+/// Two readings of the clock with nothing but looks between them are as far apart only if others ran.
+const PUT_ASIDE: Duration = Duration::from_micros(200);
+/// How long a thread that others have put aside does not look, at first, and at most if they do it again and again.
+const MIN_PENALTY: Duration = Duration::from_millis(1);
+const MAX_PENALTY: Duration = Duration::from_secs(1);
 
 /// Longest window, if nobody says otherwise: as much CPU time as a sleep costs both sides, so that looking in vain never
 /// does worse than twice the better choice. `offload-bench` (one request at a time, `card-irq`), on KVM without hardware
@@ -78,60 +95,105 @@ pub enum Next {
     Sleep,
 }
 
+/// What there is to find for a thread that looks.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Awaited {
+    /// What the driver does next.
+    Driver,
+    /// That, and what the host is asked for already.
+    Completions,
+}
+
 /// Decides for one data thread. In its loop: [`Pacer::worked`] after every look that found work, [`Pacer::idle`] after
-/// one that did not, [`Pacer::woke`] after a sleep.
+/// one that did not, [`Pacer::sleeps`] before and [`Pacer::woke`] after a sleep.
 #[derive(Debug)]
 pub struct Pacer {
     policy: PollPolicy,
-    window: Duration,
+    /// By what is awaited.
+    windows: [Duration; 2],
     /// Looks in vain since there was work.
     looks: u32,
+    /// What they were for.
+    awaited: Awaited,
     /// When the first of them ended, roughly.
     since: Option<Instant>,
+    /// When the last one ended, roughly.
+    last: Option<Instant>,
     /// When the last one before a sleep ended.
     asleep: Option<Instant>,
+    others: Others,
+    awake: Awake,
 }
 
 impl Pacer {
-    /// One that has not seen anything yet.
+    /// One that has not seen anything yet, of a thread that is awake.
     pub fn new(policy: PollPolicy) -> Self {
-        Self { policy, window: Duration::ZERO, looks: 0, since: None, asleep: None }
+        let mut awake = Awake::new();
+        awake.set(true);
+        Self {
+            policy,
+            windows: [Duration::ZERO; 2],
+            looks: 0,
+            awaited: Awaited::Driver,
+            since: None,
+            last: None,
+            asleep: None,
+            others: Others::default(),
+            awake,
+        }
     }
 
     /// A look found work. True if the looks before it did not: polling has saved a sleep.
     pub fn worked(&mut self) -> bool {
         let hit = self.looks > 0;
-        (self.looks, self.since) = (0, None);
+        self.forget();
+        self.make_way();
         hit
     }
 
-    /// A look found nothing.
-    pub fn idle(&mut self) -> Next {
-        self.idle_at(Instant::now)
+    /// Lets another data thread of this process run, if there are more of them than CPUs.
+    #[inline]
+    fn make_way(&mut self) {
+        if self.awake.outnumber_cpus() {
+            self.others.set_short(true);
+            std::thread::yield_now();
+        }
     }
 
-    fn idle_at(&mut self, now: impl FnOnce() -> Instant) -> Next {
+    /// A look found nothing.
+    pub fn idle(&mut self, awaited: Awaited) -> Next {
+        self.idle_at(awaited, Instant::now)
+    }
+
+    fn idle_at(&mut self, awaited: Awaited, now: impl FnOnce() -> Instant) -> Next {
         match self.policy.mode {
             PollMode::Never => return Next::Sleep,
             PollMode::Always => {}
-            PollMode::Adaptive if self.window.is_zero() => {
-                self.asleep = Some(now());
-                return Next::Sleep;
-            }
-            PollMode::Adaptive if self.looks % LOOKS == LOOKS - 1 => {
-                let now = now();
-                let since = *self.since.get_or_insert(now);
-                if now.saturating_duration_since(since) >= self.window {
-                    self.asleep = Some(now);
-                    return Next::Sleep;
+            PollMode::Adaptive => {
+                let window = self.windows[awaited as usize];
+                self.awaited = awaited;
+                // A thread that is not to look reads the clock once per sleep.
+                if window.is_zero() || self.others.waiting || self.looks % LOOKS == LOOKS - 1 {
+                    let now = now();
+                    let since = *self.since.get_or_insert(now);
+                    let last = self.last.replace(now).unwrap_or(now);
+                    if self.others.want_cpu(last, now) || now.saturating_duration_since(since) >= window {
+                        self.asleep = Some(now);
+                        return Next::Sleep;
+                    }
                 }
             }
-            PollMode::Adaptive => {}
         }
         // Not 0 when it wraps around: there were looks.
         self.looks = self.looks.checked_add(1).unwrap_or(1);
         std::hint::spin_loop();
+        self.make_way();
         Next::Look
+    }
+
+    /// The thread is about to sleep.
+    pub fn sleeps(&mut self) {
+        self.awake.set(false);
     }
 
     /// The thread has slept, for whatever reason it was woken.
@@ -140,16 +202,74 @@ impl Pacer {
     }
 
     fn woke_at(&mut self, now: impl FnOnce() -> Instant) {
-        let looked = if self.looks > 0 { self.window } else { Duration::ZERO };
-        (self.looks, self.since) = (0, None);
+        self.awake.set(true);
+        let looked = match (self.since, self.asleep) {
+            (Some(since), Some(asleep)) if self.looks > 0 => asleep.saturating_duration_since(since),
+            _ => Duration::ZERO,
+        };
+        self.forget();
         let Some(asleep) = self.asleep.take() else { return };
         let gap = looked + now().saturating_duration_since(asleep);
-        self.window = if gap <= self.policy.max {
-            // Twice, as gaps are not all the same.
-            (2 * gap).clamp(MIN_WINDOW, self.policy.max)
-        } else {
-            Some(self.window / 2).filter(|w| *w >= MIN_WINDOW).unwrap_or_default()
+        let bound = match self.awaited {
+            Awaited::Driver => self.policy.max,
+            Awaited::Completions => self.policy.max / COMPLETIONS_DIVISOR,
         };
+        let window = &mut self.windows[self.awaited as usize];
+        *window = if gap <= bound {
+            // Twice, as gaps are not all the same.
+            (2 * gap).clamp(MIN_WINDOW, bound.max(MIN_WINDOW))
+        } else {
+            Some(*window / 2).filter(|w| *w >= MIN_WINDOW).unwrap_or_default()
+        };
+    }
+
+    fn forget(&mut self) {
+        (self.looks, self.since, self.last) = (0, None, None);
+    }
+}
+
+/// Others that want the CPU of a thread that looks.
+#[derive(Debug, Default)]
+struct Others {
+    /// They have shown it: there is no looking until `until`.
+    waiting: bool,
+    until: Option<Instant>,
+    penalty: Duration,
+    /// The thread has a short slice.
+    short: bool,
+}
+
+impl Others {
+    /// There was nothing but looks between `last` and `now`, both read from the clock. True if there are to be no more.
+    fn want_cpu(&mut self, last: Instant, now: Instant) -> bool {
+        if now.saturating_duration_since(last) >= PUT_ASIDE {
+            // Soon again: they are here to stay.
+            let soon =
+                self.until.is_some_and(|until| now.saturating_duration_since(until) < 16 * self.penalty);
+            self.penalty = if soon { (2 * self.penalty).min(MAX_PENALTY) } else { MIN_PENALTY };
+            self.until = Some(now + self.penalty);
+            self.set(true);
+        } else if self.waiting && self.until.is_none_or(|until| until <= now) {
+            self.set(false);
+        }
+        self.waiting
+    }
+
+    fn set(&mut self, waiting: bool) {
+        self.waiting = waiting;
+        self.set_short(waiting);
+    }
+
+    /// A thread that sleeps is to run as soon as it is woken, even where another one looks; and one that hands its CPU on
+    /// gives up the rest of its slice, which should be little.
+    fn set_short(&mut self, short: bool) {
+        if self.short != short {
+            self.short = short;
+            let slice = if short { slice::shorten() } else { slice::reset() };
+            if let Err(e) = slice {
+                debug!("the thread's time slice stays as it is: {e}");
+            }
+        }
     }
 }
 
@@ -175,22 +295,45 @@ mod tests {
 
         /// Work comes after `gap`; what it takes to get it.
         fn gap(&mut self, gap: Duration) {
+            self.gap_of(Awaited::Driver, gap);
+        }
+
+        fn gap_of(&mut self, awaited: Awaited, gap: Duration) {
             let due = self.now + gap;
             while self.now < due {
                 let now = self.now;
-                match self.pacer.idle_at(|| now) {
+                match self.pacer.idle_at(awaited, || now) {
                     Next::Look => {
                         self.looks += 1;
                         self.now += Duration::from_nanos(10);
                     }
                     Next::Sleep => {
                         self.sleeps += 1;
+                        self.pacer.sleeps();
                         self.now = due;
                         self.pacer.woke_at(|| due);
                     }
                 }
             }
             self.pacer.worked();
+        }
+    }
+
+    impl Thread {
+        /// Others take its CPU while it looks. False: it does not look.
+        fn put_aside(&mut self) -> bool {
+            for turn in 0..4 * LOOKS {
+                if turn == 2 * LOOKS {
+                    self.now += Duration::from_millis(4);
+                }
+                let now = self.now;
+                if self.pacer.idle_at(Awaited::Driver, || now) == Next::Sleep {
+                    self.pacer.sleeps();
+                    self.pacer.woke_at(|| now + 5 * US);
+                    return turn >= 2 * LOOKS;
+                }
+            }
+            panic!("it looks while others wait");
         }
     }
 
@@ -233,6 +376,39 @@ mod tests {
     }
 
     #[test]
+    fn what_the_storage_takes_is_slept_through_and_what_the_driver_takes_in_between_is_not() {
+        let mut thread = Thread::new(PollMode::Adaptive);
+        for _ in 0..100 {
+            thread.gap_of(Awaited::Driver, 3 * US);
+            thread.gap_of(Awaited::Completions, 25 * US);
+        }
+        assert_eq!(thread.sleeps, 101);
+        for _ in 0..100 {
+            thread.gap_of(Awaited::Completions, 5 * US);
+        }
+        assert_eq!(thread.sleeps, 102);
+    }
+
+    #[test]
+    fn a_thread_that_others_put_aside_looks_again_ever_later() {
+        let mut thread = Thread::new(PollMode::Adaptive);
+        let end = thread.now + Duration::from_secs(60);
+        let mut asides = 0;
+        while thread.now < end {
+            thread.now += Duration::from_millis(10);
+            thread.gap(5 * US);
+            asides += u32::from(thread.put_aside());
+        }
+        // 1 ms, 2 ms, 4 ms, and so on to 1 s.
+        assert!((60..80).contains(&asides), "{asides}");
+        thread.now += MAX_PENALTY;
+        let sleeps = thread.sleeps;
+        thread.gap(5 * US);
+        thread.gap(5 * US);
+        assert!(thread.sleeps <= sleeps + 1 && !thread.pacer.others.waiting, "alone again");
+    }
+
+    #[test]
     fn the_other_modes_do_not_think() {
         let mut never = Thread::new(PollMode::Never);
         let mut always = Thread::new(PollMode::Always);
@@ -247,7 +423,7 @@ mod tests {
     fn a_hit_is_work_that_polling_found() {
         let mut pacer = Pacer::new(PollPolicy { mode: PollMode::Always, max: US });
         assert!(!pacer.worked());
-        assert_eq!(pacer.idle(), Next::Look);
+        assert_eq!(pacer.idle(Awaited::Driver), Next::Look);
         assert!(pacer.worked() && !pacer.worked());
     }
 }

@@ -523,8 +523,10 @@ impl Ring {
 
     /// Asks the driver for no kicks: the thread is looking anyway. A hint; kicks may still come.
     pub fn disable_kicks(&mut self) {
-        // With EVENT_IDX the driver kicks only at avail_event, which stays behind as chains are popped.
-        if !self.event_idx {
+        if self.event_idx {
+            // The driver kicks when it passes avail_event. It has passed this one, and what is popped leaves it behind.
+            self.layout.set_avail_event(self.next_avail.wrapping_sub(1));
+        } else {
             self.layout.set_no_notify(true);
         }
     }

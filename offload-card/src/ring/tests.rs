@@ -174,6 +174,11 @@ fn kicks_are_asked_for_and_none_is_missed() {
         ring.push(chain.head(), 0);
         assert!(pop(&mut ring).is_some());
         assert!(!ring.enable_kicks());
+        // Something else has woken the thread, and it looks again.
+        ring.disable_kicks();
+        driver.add(&one(2)).unwrap();
+        assert!(!driver.kick_wanted());
+        assert!(ring.enable_kicks());
     }
 }
 

@@ -11,7 +11,7 @@ use std::net::IpAddr;
 use std::sync::Arc;
 use std::sync::mpsc::SyncSender;
 
-use offload_card::poll::{Next, Order, Pacer, PollPolicy, Poller, Receiver};
+use offload_card::poll::{Awaited, Next, Order, Pacer, PollPolicy, Poller, Receiver};
 use offload_card::qos::NetLimits;
 use offload_card::ring::{Ring, RingState};
 use proto::error::{Error, ErrorReason};
@@ -187,6 +187,9 @@ impl Worker {
                 since_events = 0;
                 let asleep = self.active.is_empty();
                 let timeout = if asleep { self.next_moment() } else { Some(std::time::Duration::ZERO) };
+                if asleep {
+                    self.pacer.sleeps();
+                }
                 match self.poller.wait(timeout) {
                     Ok(reported) => tokens.extend(reported),
                     Err(e) => {
@@ -222,7 +225,7 @@ impl Worker {
             if let Some(flows) = &mut self.flows {
                 flows.settle();
             }
-            if frames == 0 && !self.active.is_empty() && self.pacer.idle() == Next::Sleep {
+            if frames == 0 && !self.active.is_empty() && self.pacer.idle(Awaited::Driver) == Next::Sleep {
                 self.rest();
             }
         }
