@@ -15,5 +15,6 @@ check "the guest never stopped" same "$(guest web cat /proc/sys/kernel/random/bo
 watch_console web "$RESULTS/console"
 check "its console is there" within 10 shows "$RESULTS/console" login:
 unwatch_console
+hang_up db
 check "vm stop of a VM that an earlier controller started works" outboard vm stop db --timeout 60s
 check "and it is stopped" state_is db stopped
