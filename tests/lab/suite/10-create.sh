@@ -41,8 +41,8 @@ check "it may not use the API" denied may /run/outboard/api.sock
 check "it may not read the controller's state" denied as_vm head -c 0 /var/lib/outboard/state.redb
 check "it may not read a disk image" denied as_vm head -c 0 "$disks/data.img"
 check "its console comes to a login prompt" within 300 shows /out/console-web.txt 'web login:'
-check "web can be reached over its network" within 100 guest web true
-check "db can be reached over its network" within 100 guest db true
+check "web can be reached over its network" within 200 guest web true
+check "db can be reached over its network" within 200 guest db true
 check "the guest runs Debian's 6.12 kernel" grep -E '^6\.12\..*cloud-amd64$' <(guest web uname -r)
 check "its root is /dev/vda" same "$(guest web findmnt -no SOURCE /)" /dev/vda
 check "it has its second disk" same "$(guest web lsblk -bdno SIZE /dev/vdb)" $((256 << 20))

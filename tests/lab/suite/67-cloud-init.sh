@@ -3,7 +3,7 @@
 # booted by 65.
 . ./lib.sh
 
-check "cloud can be reached" within 200 guest cloud true
+check "cloud can be reached" within 300 guest cloud true
 finished() { guest cloud test -e /run/cloud-init/result.json; }
 check "cloud-init ends" within 300 finished
 check "without an error" same "$(guest cloud cat /run/cloud-init/result.json | jq -c '.v1.errors')" "[]"
