@@ -29,7 +29,7 @@ guest_mask+=,systemd-update-utmp-runlevel.service,systemd-random-seed.service
 
 # guest_image: the same for the guest the lab host boots under Outboard.
 guest_image() {
-  "$top/deploy/debian-image" --name lab-guest --size 1G "$@" \
+  "$top/deploy/debian-image" --name lab-guest --size 800M "$@" \
     --include openssh-server,fio,curl,iperf3,isc-dhcp-client,cloud-init --overlay "$here/guest" \
     --put "$(lab_key).pub:/root/.ssh/authorized_keys" --mask "$guest_mask"
 }

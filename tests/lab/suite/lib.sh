@@ -30,16 +30,17 @@ not() {
   ((status > 0 && status < 126)) || { echo "$* ended with status $status" && false; }
 }
 
-# within SECONDS COMMAND...: tries until it succeeds. The last try is heard.
+# within SECONDS COMMAND...: tries until it succeeds. The last try is heard. What is not there soon is asked for less often, for asking
+# takes the processor from it.
 within() {
-  local deadline=$((SECONDS + $1))
+  local deadline=$((SECONDS + $1)) soon=$((SECONDS + 5))
   shift
   until "$@" >/dev/null 2>&1; do
     if ((SECONDS >= deadline)); then
       "$@"
       return
     fi
-    sleep 0.3
+    if ((SECONDS < soon)); then sleep 0.3; else sleep 1; fi
   done
 }
 
