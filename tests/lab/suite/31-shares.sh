@@ -42,8 +42,8 @@ check "the flood's disk is not limited any more" outboard vm limit db disk1
 guest db systemctl stop flood
 # Other lab hosts and whatever else the machine does come and go: what it had alone is the lesser of before and after.
 check "the victim runs alone again" measure again
-((requests_again < requests_alone)) && requests_alone=$requests_again
-((p99_again > p99_alone)) && p99_alone=$p99_again
+((${requests_again-$requests_alone} < requests_alone)) && requests_alone=$requests_again
+((${p99_again-0} > p99_alone)) && p99_alone=$p99_again
 printf '#     %s\n' "a victim's requests in 8 s and their 99th percentile in us, in emulated time:" \
   "alone ${requests_alone-?} and ${p99_alone-?}, beside a flood ${requests_beside-?} and ${p99_beside-?}, beside a limited one ${requests_limited-?} and ${p99_limited-?}"
 # at_most VALUE LIMIT
