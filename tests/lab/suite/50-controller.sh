@@ -6,7 +6,7 @@ hypervisor=$(vm_field web hypervisor_pid)
 started=$(guest web cat /proc/sys/kernel/random/boot_id)
 pid=$(service_pid outboard-mgmt.service)
 check "systemd takes the SIGKILL for the controller" systemctl kill -s KILL outboard-mgmt.service
-check "the controller comes back by itself" within 15 new_pid outboard-mgmt.service "$pid"
+check "the controller comes back by itself" within 30 new_pid outboard-mgmt.service "$pid"
 check "it answers" within 15 outboard vm ls
 check "it lists web as running" within 10 state_is web running
 check "it lists db as running" within 10 state_is db running

@@ -76,10 +76,10 @@ check "and flows" within 10 more_than $((before + 1000000))
 before=$(connections)
 pid=$(service_pid offload-net.service)
 check "the network card is killed" systemctl kill -s KILL offload-net.service
-check "it comes back by itself" within 10 new_pid offload-net.service "$pid"
+check "it comes back by itself" within 30 new_pid offload-net.service "$pid"
 after=$(received)
 flows_on() { more_than $((after + 1000000)) && same "$(connections)" "$before"; }
-check "the stream flows on, in the same TCP connections" within 15 flows_on
+check "the stream flows on, in the same TCP connections" within 20 flows_on
 check "and iperf3 ends well" wait "$client"
 check "with one connection and no error" report '.error == null and (.start.connected | length) == 1'
 check "having moved bytes in its last second" report '.intervals[-1].sum.bytes > 0'
