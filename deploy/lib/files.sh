@@ -20,3 +20,12 @@ installed_files() {
   [[ $prefix == /usr ]] && polkit=/usr/share/polkit-1/rules.d || polkit=/etc/polkit-1/rules.d
   printf '0644 polkit.rules %s/50-outboard.rules\n' "$polkit"
 }
+
+# strip_programs FROM TO: the programs without what is for debuggers, which is most of them: an emulated host would copy and compare
+# it for half a minute. Needs common.sh.
+strip_programs() {
+  local name
+  need_packages binutils
+  mkdir -p "$2"
+  for name in "${binaries[@]}"; do strip --strip-debug -o "$2/$name" "$1/$name"; done
+}

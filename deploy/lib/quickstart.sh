@@ -389,8 +389,10 @@ lab_check() {
   local lab=$top/tests/lab/lab puts scratch status=0
   ensure_programs
   ensure_guest
-  mapfile -t puts < <(lab_puts)
   scratch=$(mktemp -d)
+  strip_programs "$from" "$scratch/bin"
+  from=$scratch/bin
+  mapfile -t puts < <(lab_puts)
   printf '#!/bin/sh\nexec %s --check\n' "$lab_inside" >"$scratch/quickstart-check.sh"
   "$lab" run --guest "$guest" --timeout 600 "${puts[@]}" "$scratch/quickstart-check.sh" || status=$?
   rm -rf "$scratch"

@@ -42,3 +42,5 @@ changes_nothing() {
   grep -q 'everything is there already' <<<"$said" && same "$(service_pid offload-blk.service)" "$before"
 }
 check "a second deploy/install changes nothing" changes_nothing
+# For the guests of the other parts.
+install -m 0644 /root/guest/vmlinuz /root/guest/initrd.img "$images"

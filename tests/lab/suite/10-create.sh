@@ -2,7 +2,6 @@
 # outboard vm create boots a stock Debian kernel with its root on /dev/vda.
 . ./lib.sh
 
-install -m 0644 /root/guest/vmlinuz /root/guest/initrd.img "$images"
 check "network create makes the TAP" outboard network create lab --tap outboard0 --address 10.88.0.1/24
 check "the TAP has the host's address" grep -q 10.88.0.1/24 <(ip -brief address show dev outboard0)
 blank data 256M
@@ -41,9 +40,9 @@ done
 check "it may not use the API" denied may /run/outboard/api.sock
 check "it may not read the controller's state" denied as_vm head -c 0 /var/lib/outboard/state.redb
 check "it may not read a disk image" denied as_vm head -c 0 "$disks/data.img"
-check "its console comes to a login prompt" within 200 shows /out/console-web.txt 'web login:'
-check "web can be reached over its network" within 100 guest web true
-check "db can be reached over its network" within 100 guest db true
+check "its console comes to a login prompt" within 300 shows /out/console-web.txt 'web login:'
+check "web can be reached over its network" within 200 guest web true
+check "db can be reached over its network" within 200 guest db true
 check "the guest runs Debian's 6.12 kernel" grep -E '^6\.12\..*cloud-amd64$' <(guest web uname -r)
 check "its root is /dev/vda" same "$(guest web findmnt -no SOURCE /)" /dev/vda
 check "it has its second disk" same "$(guest web lsblk -bdno SIZE /dev/vdb)" $((256 << 20))

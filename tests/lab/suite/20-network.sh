@@ -13,7 +13,7 @@ tcp_out() { same "$(guest web "$libraries" | sum)" "$(guest web "$libraries | sh
 check "8 MiB of TCP from guest to host arrive whole" tcp_out
 tcp_in() {
   head -c 8M /root/guest/vmlinuz >"$RESULTS/payload"
-  same "$(ssh -q -o StrictHostKeyChecking=no -o UserKnownHostsFile=/dev/null root@10.88.0.3 sha256sum <"$RESULTS/payload" | cut -d ' ' -f 1)" \
+  same "$(ssh "${to_guests_shared[@]}" root@10.88.0.3 sha256sum <"$RESULTS/payload" | cut -d ' ' -f 1)" \
     "$(sum <"$RESULTS/payload")"
 }
 check "8 MiB of TCP from host to guest arrive whole" tcp_in

@@ -35,7 +35,7 @@ for card in offload-blk offload-net; do
   for n in 1 2 3; do
     pid=$(service_pid "$card.service")
     systemctl kill -s KILL "$card.service"
-    check "$card killed ($n of 3) comes back by itself" within 10 new_pid "$card.service" "$pid"
+    check "$card killed ($n of 3) comes back by itself" within 30 new_pid "$card.service" "$pid"
     done=$(requests)
     check "and requests go on" within 30 more_than $((done + 100))
   done

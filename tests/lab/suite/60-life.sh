@@ -20,24 +20,27 @@ booted_anew() { local now && now=$(guest web cat /proc/sys/kernel/random/boot_id
 before=$(guest web cat /proc/sys/kernel/random/boot_id)
 hypervisor=$(vm_field web hypervisor_pid)
 guest web 'systemctl reboot' || true
-check "reboot in the guest comes back" within 150 booted_anew
+hang_up web
+check "reboot in the guest comes back" within 300 booted_anew
 check "in the same hypervisor process" same "$(vm_field web hypervisor_pid)" "$hypervisor"
 check "with its disks" guest web 'dd if=/dev/vdb of=/dev/null bs=1M count=8 iflag=direct'
 check "with its network" guest web ping -q -c 2 -W 5 10.88.0.1
 
 id=$(vm_field web id)
+hang_up web
 check "vm stop presses the power button and the guest powers off" grep "guest powered off" <(outboard vm stop web --timeout 90s)
 check "the guest went down in order" within 10 shows /out/console-web.txt 'reboot: Power down'
 check "vm show says stopped" state_is web stopped
 check "its unit is gone" not systemctl is-active "outboard-vm@$id.service"
 check "its file system was left clean" grep -E 'state: +clean$' <(dumpe2fs -h "$(root_disk web)" 2>/dev/null)
-check "db, which was stopped and started, is up" within 150 guest db true
+check "db, which was stopped and started, is up" within 300 guest db true
 
 # happened FILTER: there is an event of web of which the jq FILTER is true.
 happened() { jq -es "map(select(.vm_name == \"web\" and ($1))) | length > 0" <(grep '^{' /out/events.txt); }
 check "events told of the reset, made by the guest" within 5 happened '.event == "reset" and .reason == "guest"'
 check "events told of the end, that the guest powered off" within 5 happened '.event == "ended" and .reason == "guest_power_off"'
 check "no other reset occurred" same "$(jq -r 'select(.event == "reset") | .vm_name + " " + .reason' <(grep '^{' /out/events.txt))" "web guest"
+hang_up db
 check "vm rm refuses a running VM" not outboard vm rm db
 check "vm rm --force removes it" outboard vm rm db --force
 check "vm rm removes a stopped one" outboard vm rm web

@@ -19,8 +19,15 @@ outboard() {
   local status=0
   case $1-$2 in
     vm-console | vm-events)
-      timeout 5 /usr/local/bin/outboard "$@" <>"$RESULTS/silence" || status=$?
+      timeout 2 /usr/local/bin/outboard "$@" <>"$RESULTS/silence" || status=$?
       [[ $status -eq 124 ]]
+      ;;
+    vm-stop)
+      # It answers pings before it minds its power button.
+      watch_console "$3" "$RESULTS/booting"
+      within 100 shows "$RESULTS/booting" login: && /usr/local/bin/outboard "$@" || status=$?
+      unwatch_console
+      return "$status"
       ;;
     *) /usr/local/bin/outboard "$@" ;;
   esac

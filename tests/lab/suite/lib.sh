@@ -30,16 +30,17 @@ not() {
   ((status > 0 && status < 126)) || { echo "$* ended with status $status" && false; }
 }
 
-# within SECONDS COMMAND...: tries until it succeeds. The last try is heard.
+# within SECONDS COMMAND...: tries until it succeeds. The last try is heard. What is not there soon is asked for less often, for asking
+# takes the processor from it.
 within() {
-  local deadline=$((SECONDS + $1))
+  local deadline=$((SECONDS + $1)) soon=$((SECONDS + 5))
   shift
   until "$@" >/dev/null 2>&1; do
     if ((SECONDS >= deadline)); then
       "$@"
       return
     fi
-    sleep 0.3
+    if ((SECONDS < soon)); then sleep 0.3; else sleep 1; fi
   done
 }
 
@@ -57,22 +58,34 @@ address() {
     db) echo 10.88.0.3 ;;
     left) echo 10.90.0.11 ;;
     right) echo 10.90.0.2 ;;
+    cloud) echo 10.90.0.12 ;;
   esac
 }
+
+# How ssh gets into a guest. One connection serves all commands until `hang_up`, and lives on when the network card dies: a new one
+# takes an emulated guest seconds. So does the key exchange that ssh likes best.
+to_guests=(-q -o StrictHostKeyChecking=no -o UserKnownHostsFile=/dev/null -o BatchMode=yes -o ConnectTimeout=5
+  -o KexAlgorithms=curve25519-sha256 -o HostKeyAlgorithms=ssh-ed25519)
+to_guests_shared=("${to_guests[@]}" -o ServerAliveInterval=5 -o ServerAliveCountMax=6
+  -o ControlMaster=auto -o ControlPersist=yes -o "ControlPath=$RESULTS/ssh-%h")
 
 # guest NAME COMMAND...: runs it in the guest, over the network card.
 guest() {
   local name=$1
   shift
-  ssh -q -o StrictHostKeyChecking=no -o UserKnownHostsFile=/dev/null -o BatchMode=yes -o ConnectTimeout=5 \
-    -o ServerAliveInterval=5 -o ServerAliveCountMax=6 "root@$(address "$name")" "$@" </dev/null
+  # shellcheck disable=SC2029 # what is not quoted is for this side
+  ssh "${to_guests_shared[@]}" "root@$(address "$name")" "$@" </dev/null
 }
+
+# hang_up NAME: before the guest ends or reboots, or the next command would wait for an answer of the one that was.
+hang_up() { ssh -q -O exit -o "ControlPath=$RESULTS/ssh-%h" "root@$(address "$1")" 2>/dev/null || true; }
 
 # root_disk NAME: the guest's root file system, a block device of the host.
 root_disk() {
   case $1 in
     web | left) echo /dev/vdd ;;
     db | right) echo /dev/vde ;;
+    cloud) echo /dev/vdf ;;
   esac
 }
 
