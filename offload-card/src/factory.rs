@@ -21,7 +21,8 @@ pub trait DeviceFactory: Send + Sync + 'static {
     /// Limits are set by the caller ([`Device::set_limits`]).
     fn create(&self, spec: &DeviceSpec, notifier: ConfigNotifier) -> Result<Arc<dyn Device>, Error>;
 
-    /// The device `id` has been deleted: what is kept of it beside its record goes.
+    /// There is no device `id` (any more): what is kept of it beside its record goes. Called when it has been deleted, and when
+    /// what was made cannot be one: it could not be served, or was deleted while it was being made.
     fn forget(&self, _id: &str) {}
 }
 

@@ -52,12 +52,17 @@ pub struct Drops([Counter; REASONS]);
 impl Drops {
     /// One more. Only the network's thread may.
     pub fn add(&self, reason: DropReason) {
-        self.0[reason as usize].add(1);
+        self.counter(reason).add(1);
+    }
+
+    #[cfg_attr(not(test), expect(clippy::indexing_slicing, reason = "there are as many as reasons"))]
+    fn counter(&self, reason: DropReason) -> &Counter {
+        &self.0[reason as usize]
     }
 
     /// Frames dropped for this reason.
     pub fn get(&self, reason: DropReason) -> u64 {
-        self.0[reason as usize].get()
+        self.counter(reason).get()
     }
 
     /// All of them.

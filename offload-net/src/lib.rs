@@ -23,6 +23,18 @@
 //! MAC address that is not its own is dropped. A malformed frame is dropped, a malformed ring is stopped; both are
 //! counted, and neither concerns another device.
 
+// Whoever panics here takes all networks of the card with him: what can is to be looked at, and to say why it cannot.
+#![cfg_attr(
+    not(test),
+    warn(
+        clippy::expect_used,
+        clippy::indexing_slicing,
+        clippy::panic,
+        clippy::string_slice,
+        clippy::unwrap_used
+    )
+)]
+
 pub mod answer;
 pub mod capture;
 pub mod conntrack;

@@ -1,37 +1,33 @@
 //! The networks of a card, kept in its runtime directory so that a card that was killed comes back with them.
 
+mod device;
 mod security;
+mod spec;
+#[cfg(test)]
+mod tests;
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::AtomicU64;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Instant;
 
-use offload_card::device::not_limited;
 use offload_card::poll::PollPolicy;
-use offload_card::qos::NetLimits;
-use offload_card::{ConfigNotifier, Device, DeviceFactory, Identity};
 use proto::error::{Error, ErrorReason};
-use proto::v1::device_spec::Kind;
-use proto::v1::{DeviceSpec, DeviceStats, NetDeviceSpec, NetworkRecord, NetworkSpec};
+use proto::v1::{NetDeviceSpec, NetworkRecord, NetworkSpec};
 use tonic::Code;
 
 use crate::capture::{self, Source, Wanted};
-use crate::device::{MTU_MAX, MTU_MIN, NetDevice, Settings};
+use crate::device::Settings;
 use crate::flow::FlowLog;
 use crate::host::nat::{self, Nat};
-use crate::host::netlink::Prefix;
 use crate::host::tap;
-use crate::network::uplink::{Uplink, UplinkSpec};
-use crate::network::{Network, address_taken, mac_taken};
+use crate::network::Network;
+use crate::network::uplink::Uplink;
 use crate::security::groups::Groups;
 use crate::store::Store;
-use crate::subnet::{Interface, Subnet};
+use crate::subnet::Interface;
 use crate::switch::PortId;
-
-const DEFAULT_MTU: u32 = 1500;
-const ID_MAX: usize = 32;
+use spec::{Checked, check};
 
 /// All networks of this card. Cheap to clone.
 #[derive(Debug, Clone)]
@@ -108,14 +104,6 @@ impl Entry {
         }
         self.network.as_ref().ok_or_else(|| not_found(&self.spec.id))
     }
-}
-
-/// A network's specification, checked.
-struct Checked {
-    mtu: u32,
-    subnet: Option<Subnet>,
-    uplink: Option<UplinkSpec>,
-    nat: Option<Nat>,
 }
 
 impl Networks {
@@ -275,176 +263,6 @@ impl Networks {
     }
 }
 
-impl DeviceFactory for Networks {
-    fn validate(&self, spec: &DeviceSpec) -> Result<Identity, Error> {
-        let net = net_spec(spec)?;
-        if spec.limits.is_some_and(|l| !l.is_none()) {
-            return Err(not_limited());
-        }
-        let groups = self.groups();
-        let networks = self.lock();
-        let entry = networks.get(&net.network).ok_or_else(|| not_found(&net.network))?;
-        let settings = entry.settings(net)?;
-        if let Some(wanted) = &settings.security {
-            groups.rules_of(&wanted.groups)?;
-        }
-        for (_, other) in entry.devices.iter().filter(|(id, _)| **id != spec.id) {
-            if other.interface.mac == settings.interface.mac {
-                return Err(mac_taken(settings.interface.mac));
-            }
-            let mut theirs = other.interface.addresses();
-            if let Some(taken) = theirs.find(|a| settings.interface.addresses().any(|own| own == *a)) {
-                return Err(address_taken(taken));
-            }
-        }
-        Ok(settings.identity())
-    }
-
-    fn create(&self, spec: &DeviceSpec, _notifier: ConfigNotifier) -> Result<Arc<dyn Device>, Error> {
-        let net = net_spec(spec)?;
-        let groups = self.groups();
-        let mut networks = self.lock();
-        let entry = networks.get_mut(&net.network).ok_or_else(|| not_found(&net.network))?;
-        let settings = entry.settings(net)?;
-        let network = entry.network(&self.0.making)?.clone();
-        let device = self.filter(&groups, spec, &net.network, &settings, |filter| {
-            NetDevice::plug(&settings, filter, network)
-        })?;
-        let number = self.0.made.fetch_add(1, Ordering::Relaxed);
-        let groups = settings.security.map_or_else(Vec::new, |wanted| wanted.groups);
-        let plug = Plug { interface: settings.interface, groups, port: device.port(), number };
-        entry.devices.insert(spec.id.clone(), plug);
-        let member =
-            Member { networks: self.clone(), network: net.network.clone(), id: spec.id.clone(), number };
-        Ok(Arc::new(Plugged { device, member }))
-    }
-
-    fn forget(&self, id: &str) {
-        self.forget_connections(id);
-    }
-}
-
-/// A device together with its place in the list of its network's devices.
-struct Plugged {
-    device: NetDevice,
-    member: Member,
-}
-
-struct Member {
-    networks: Networks,
-    network: String,
-    id: String,
-    number: u64,
-}
-
-impl Device for Plugged {
-    fn identity(&self) -> &Identity {
-        self.device.identity()
-    }
-
-    fn read_config(&self, offset: u32, data: &mut [u8]) {
-        self.device.read_config(offset, data);
-    }
-
-    fn write_config(&self, offset: u32, data: &[u8]) -> Result<(), Error> {
-        self.device.write_config(offset, data)
-    }
-
-    fn start_queue(&self, ring: offload_card::Ring) -> Result<(), Error> {
-        self.device.start_queue(ring)
-    }
-
-    fn set_net_limits(&self, limits: NetLimits) -> Result<(), Error> {
-        self.device.set_net_limits(limits)
-    }
-
-    fn stop_queue(
-        &self,
-        index: u16,
-        deadline: Instant,
-    ) -> Result<Option<offload_card::RingState>, offload_card::Busy> {
-        self.device.stop_queue(index, deadline)
-    }
-
-    fn reset(&self) {
-        self.device.reset();
-    }
-
-    fn add_stats(&self, stats: &mut DeviceStats) {
-        self.device.add_stats(stats);
-    }
-
-    fn close(&self) {
-        self.device.close();
-        let Member { networks, network, id, number } = &self.member;
-        if let Some(entry) = networks.lock().get_mut(network)
-            // A device that took long to end may have a successor of that name.
-            && entry.devices.get(id).is_some_and(|plug| plug.number == *number)
-        {
-            entry.devices.remove(id);
-        }
-    }
-}
-
-fn net_spec(spec: &DeviceSpec) -> Result<&NetDeviceSpec, Error> {
-    match &spec.kind {
-        Some(Kind::Net(net)) => Ok(net),
-        _ => Err(Error::invalid_field("kind", "this is a network card: it makes network devices only")
-            .remedy("send the request to a storage card")),
-    }
-}
-
-fn mtu_of(spec: &NetworkSpec) -> u32 {
-    if spec.mtu == 0 { DEFAULT_MTU } else { spec.mtu }
-}
-
-fn check(spec: &NetworkSpec) -> Result<Checked, Error> {
-    let plain = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '-';
-    if spec.id.is_empty() || spec.id.len() > ID_MAX || !spec.id.chars().all(plain) {
-        let what = format!("network id {:?} is not 1 to {ID_MAX} characters of a-z, 0-9 and '-'", spec.id);
-        return Err(Error::invalid_field("id", what));
-    }
-    let mtu = mtu_of(spec);
-    if !(MTU_MIN..=MTU_MAX).contains(&mtu) {
-        return Err(Error::invalid_field("mtu", format!("MTU {mtu} is not between {MTU_MIN} and {MTU_MAX}")));
-    }
-    let parse = |a: &String| a.parse().map_err(|e| Error::invalid_field("host_addresses", e));
-    let mut addresses = spec.host_addresses.iter().map(parse).collect::<Result<Vec<Prefix>, _>>()?;
-    let subnet = Subnet::check(spec, mtu, &addresses)?;
-    if spec.tap.is_empty() {
-        if !addresses.is_empty() {
-            return Err(Error::invalid_field(
-                "host_addresses",
-                "a network without a TAP has no host addresses",
-            )
-            .remedy("name a TAP, or leave the addresses out"));
-        }
-        if spec.nat {
-            return Err(
-                Error::invalid_field("nat", "a network without a TAP has no NAT").remedy("name a TAP")
-            );
-        }
-        return Ok(Checked { mtu, subnet, uplink: None, nat: None });
-    }
-    tap::check_name(&spec.tap).map_err(|e| Error::invalid_field("tap", e))?;
-    for gateway in subnet.iter().flat_map(Subnet::gateways) {
-        if !addresses.iter().any(|a| a.address == gateway.address) {
-            addresses.push(gateway);
-        }
-    }
-    let nat = match &subnet {
-        _ if !spec.nat => None,
-        Some(subnet) => Some(Nat::new(&spec.id, &spec.tap, subnet, &addresses)),
-        None => {
-            return Err(Error::invalid_field("nat", "a network without ipv4_prefix has no NAT")
-                .remedy("give the network an IPv4 prefix, e.g. 10.88.0.0/24"));
-        }
-    };
-    let mac = subnet.as_ref().map(|s| s.gateway_mac);
-    let uplink = UplinkSpec { tap: spec.tap.clone(), mtu, addresses, mac, nat: spec.nat };
-    Ok(Checked { mtu, subnet, uplink: Some(uplink), nat })
-}
-
 /// The TAPs of these networks.
 fn taps(networks: &BTreeMap<String, Entry>) -> Vec<String> {
     networks.values().map(|n| n.spec.tap.clone()).filter(|tap| !tap.is_empty()).collect()
@@ -501,130 +319,4 @@ fn not_found(id: &str) -> Error {
     Error::new(Code::NotFound, ErrorReason::NetworkNotFound, format!("this card has no network {id:?}"))
         .resource(id)
         .remedy("create the network first; ListNetworks shows those there are")
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn spec(id: &str) -> NetworkSpec {
-        NetworkSpec { id: id.to_owned(), ..Default::default() }
-    }
-
-    fn device(id: &str, network: &str, last: u8) -> DeviceSpec {
-        let net = NetDeviceSpec {
-            network: network.to_owned(),
-            mac: vec![2, 0, 0, 0, 0, last],
-            ..Default::default()
-        };
-        DeviceSpec { id: id.to_owned(), kind: Some(Kind::Net(net)), limits: None, net_limits: None }
-    }
-
-    #[test]
-    fn networks_are_made_once_kept_and_deleted_when_empty() {
-        let dir = tempfile::tempdir().unwrap();
-        let networks = Networks::open(dir.path().join("networks"), PollPolicy::default()).unwrap();
-        networks.create(&spec("a"), false).unwrap();
-        networks.create(&spec("a"), false).unwrap();
-        networks.create(&spec("b"), true).unwrap();
-        let other = NetworkSpec { mtu: 9000, ..spec("a") };
-        assert_eq!(networks.create(&other, false).unwrap_err().reason(), ErrorReason::NetworkExists);
-
-        let d =
-            DeviceFactory::create(&networks, &device("vm-net0", "a", 1), ConfigNotifier::default()).unwrap();
-        assert!(networks.validate(&device("vm-net0", "a", 1)).is_ok());
-        assert_eq!(networks.validate(&device("x", "a", 1)).unwrap_err().reason(), ErrorReason::DeviceExists);
-        let same_mac = DeviceFactory::create(&networks, &device("x", "a", 1), ConfigNotifier::default());
-        assert_eq!(same_mac.err().unwrap().reason(), ErrorReason::DeviceExists);
-        assert_eq!(networks.list(), [(spec("a"), vec!["vm-net0".to_owned()])]);
-        assert_eq!(networks.delete("a").unwrap_err().reason(), ErrorReason::NetworkInUse);
-
-        // What a card finds that comes after this one.
-        let again = Networks::open(dir.path().join("networks"), PollPolicy::default()).unwrap();
-        assert_eq!(again.list(), [(spec("a"), vec![])]);
-
-        d.close();
-        networks.delete("a").unwrap();
-        assert_eq!(networks.delete("a").unwrap_err().reason(), ErrorReason::NetworkNotFound);
-        assert!(
-            Networks::open(dir.path().join("networks"), PollPolicy::default()).unwrap().list().is_empty()
-        );
-    }
-
-    #[test]
-    fn a_device_that_ends_late_takes_nothing_from_its_successor() {
-        let dir = tempfile::tempdir().unwrap();
-        let networks = Networks::open(dir.path().join("networks"), PollPolicy::default()).unwrap();
-        networks.create(&spec("a"), false).unwrap();
-        let make = |last| {
-            DeviceFactory::create(&networks, &device("d", "a", last), ConfigNotifier::default()).unwrap()
-        };
-        let (old, new) = (make(1), make(2));
-        old.close();
-        assert_eq!(networks.list(), [(spec("a"), vec!["d".to_owned()])]);
-        assert_eq!(networks.delete("a").unwrap_err().reason(), ErrorReason::NetworkInUse);
-        new.close();
-        networks.delete("a").unwrap();
-    }
-
-    #[test]
-    fn a_network_that_cannot_be_made_again_is_kept_and_says_why() {
-        let temporary = tempfile::tempdir().unwrap();
-        let dir = temporary.path().join("networks");
-        // A record that this version refuses.
-        let bad = NetworkSpec { mtu: 67, ..spec("a") };
-        Store::<NetworkRecord>::open(dir.clone()).unwrap().save(&bad).unwrap();
-        let networks = Networks::open(dir.clone(), PollPolicy::default()).unwrap();
-        assert_eq!(networks.list(), [(bad, vec![])]);
-        let e = DeviceFactory::create(&networks, &device("d", "a", 1), ConfigNotifier::default());
-        assert!(e.err().unwrap().message().contains("MTU 67"));
-        networks.delete("a").unwrap();
-        assert!(Networks::open(dir, PollPolicy::default()).unwrap().list().is_empty());
-    }
-
-    #[test]
-    fn bad_specifications_leave_nothing_behind() {
-        let dir = tempfile::tempdir().unwrap();
-        let networks = Networks::open(dir.path().join("networks"), PollPolicy::default()).unwrap();
-        let tap = |tap: &str, a: &[&str]| NetworkSpec {
-            tap: tap.to_owned(),
-            host_addresses: a.iter().map(|a| (*a).to_owned()).collect(),
-            ..spec("a")
-        };
-        let bad = [
-            spec(""),
-            spec("A"),
-            spec("../a"),
-            spec(&"a".repeat(33)),
-            NetworkSpec { mtu: 67, ..spec("a") },
-            NetworkSpec { mtu: 65522, ..spec("a") },
-            tap("sixteen-chars-xx", &[]),
-            tap("", &["10.0.0.1/24"]),
-            tap("ob0", &["10.0.0.1"]),
-            // A name that is taken by an interface that is no TAP.
-            tap("lo", &[]),
-            NetworkSpec { nat: true, ipv4_prefix: "10.0.0.0/24".to_owned(), ..spec("a") },
-            NetworkSpec { nat: true, ..tap("ob0", &["10.0.0.1/24"]) },
-        ];
-        for spec in bad {
-            assert!(networks.create(&spec, false).is_err(), "{spec:?}");
-        }
-        assert!(networks.list().is_empty());
-        assert!(
-            Networks::open(dir.path().join("networks"), PollPolicy::default()).unwrap().list().is_empty()
-        );
-    }
-
-    #[test]
-    fn devices_need_a_network() {
-        let dir = tempfile::tempdir().unwrap();
-        let networks = Networks::open(dir.path().join("networks"), PollPolicy::default()).unwrap();
-        let e = networks.validate(&device("d", "nowhere", 1)).unwrap_err();
-        assert_eq!(e.reason(), ErrorReason::NetworkNotFound);
-        assert!(
-            networks
-                .validate(&DeviceSpec { id: "d".to_owned(), kind: None, limits: None, net_limits: None })
-                .is_err()
-        );
-    }
 }

@@ -5,14 +5,14 @@ mod common;
 use std::path::Path;
 
 use common::card::{Card, Link, retry};
+use common::groups::{device, drops, everybody, group, make, set, tcp_in};
 use common::*;
 use proto::error::{Error, ErrorReason};
 use proto::v1::device_spec::Kind;
 use proto::v1::security_group_rule::Peer;
 use proto::v1::{
-    CreateDeviceRequest, CreateNetworkRequest, DeleteDeviceRequest, DeleteSecurityGroupRequest, DeviceSpec,
-    GetCardStatsRequest, ListSecurityGroupsRequest, NetDeviceSpec, NetDrops, NetworkSpec, RuleProtocol,
-    SecurityGroupRule, SecurityGroupSpec, SetSecurityGroupsRequest, TrafficDirection,
+    CreateNetworkRequest, DeleteDeviceRequest, DeleteSecurityGroupRequest, ListSecurityGroupsRequest,
+    NetDeviceSpec, NetworkSpec,
 };
 
 const SYN: u8 = 2;
@@ -24,37 +24,6 @@ fn network() -> CreateNetworkRequest {
     CreateNetworkRequest { spec: Some(spec), ..Default::default() }
 }
 
-fn tcp_in(port: u32, peer: Peer) -> SecurityGroupRule {
-    SecurityGroupRule {
-        direction: TrafficDirection::Ingress.into(),
-        protocol: RuleProtocol::Tcp.into(),
-        port_first: port,
-        port_last: 0,
-        peer: Some(peer),
-    }
-}
-
-fn everybody() -> Peer {
-    Peer::Prefix("0.0.0.0/0".to_owned())
-}
-
-fn group(id: &str, rules: Vec<SecurityGroupRule>) -> SecurityGroupSpec {
-    SecurityGroupSpec { id: id.to_owned(), rules }
-}
-
-fn device(id: &str, guest: &Guest, groups: &[&str]) -> CreateDeviceRequest {
-    let net = NetDeviceSpec {
-        network: "lan".to_owned(),
-        mac: guest.mac.to_vec(),
-        addresses: vec![format!("10.0.0.{}", guest.mac[5])],
-        security_groups: groups.iter().map(|g| (*g).to_owned()).collect(),
-        max_connections: 1000,
-        ..Default::default()
-    };
-    let spec = DeviceSpec { id: id.to_owned(), kind: Some(Kind::Net(net)), ..DeviceSpec::default() };
-    CreateDeviceRequest { spec: Some(spec), ..Default::default() }
-}
-
 fn tcp(from: &Guest, to: &Guest, ports: (u16, u16), flags: u8) -> Vec<u8> {
     let (_, mut f) = tcp4_super((to.mac, from.mac), b"data", 1448);
     f[26..34].copy_from_slice(&[10, 0, 0, from.mac[5], 10, 0, 0, to.mac[5]]);
@@ -62,20 +31,6 @@ fn tcp(from: &Guest, to: &Guest, ports: (u16, u16), flags: u8) -> Vec<u8> {
     f[36..38].copy_from_slice(&ports.1.to_be_bytes());
     f[47] = flags;
     f
-}
-
-async fn set(card: &Card, groups: Vec<SecurityGroupSpec>) -> Result<(), Error> {
-    let request = SetSecurityGroupsRequest { groups, validate_only: false };
-    card.networks().await.set_security_groups(request).await.map(drop).map_err(Error::from)
-}
-
-async fn make(card: &Card, request: CreateDeviceRequest) -> Result<(), Error> {
-    card.devices().await.create_device(request).await.map(drop).map_err(Error::from)
-}
-
-async fn drops(card: &Card, device: &str) -> NetDrops {
-    let request = GetCardStatsRequest { device_id: device.to_owned() };
-    card.devices().await.get_stats(request).await.unwrap().into_inner().devices[0].drops.unwrap()
 }
 
 /// A server with a group, and a client without.

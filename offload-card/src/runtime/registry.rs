@@ -1,6 +1,7 @@
 //! The devices a card serves.
 
 use std::collections::BTreeMap;
+use std::collections::btree_map::Entry;
 use std::io;
 use std::os::unix::fs::FileTypeExt;
 use std::os::unix::net::UnixListener;
@@ -166,21 +167,14 @@ impl<F: DeviceFactory> Registry<F> {
         let notifier = ConfigNotifier::default();
         // This may take for ever; the rest does not.
         let device = self.factory.create(&spec, notifier.clone());
-        let before;
-        {
-            let mut places = self.places();
-            match places.get_mut(id) {
-                Some(place) if place.is_attempt(attempt) => before = place.take_why(),
-                // Deleted meanwhile.
-                _ => {
-                    drop(places);
-                    if let Ok(device) = device {
-                        device.close();
-                    }
-                    return false;
-                }
-            }
-        }
+        let before = match self.places().get_mut(id) {
+            Some(place) if place.is_attempt(attempt) => Some(place.take_why()),
+            _ => None,
+        };
+        let Some(before) = before else {
+            self.give_up(id, device.ok());
+            return false;
+        };
         let place = match device.and_then(|device| self.serve(&spec, &device, &notifier)) {
             Ok(live) => {
                 info!("device {id} is back");
@@ -197,6 +191,21 @@ impl<F: DeviceFactory> Registry<F> {
         let lost = matches!(place, Place::Lost(_));
         self.places().insert(id.to_owned(), place);
         lost
+    }
+
+    /// Undoes an attempt to make a device that has been deleted meanwhile.
+    fn give_up(&self, id: &str, device: Option<Arc<dyn Device>>) {
+        if let Some(device) = device {
+            device.close();
+        }
+        // What it has left beside its record came after the deletion, so it goes now, unless there is another device of that
+        // name, to which it belongs then. Nobody makes one as long as the place is taken.
+        match self.places().entry(id.to_owned()) {
+            Entry::Vacant(place) => place.insert(Place::Busy),
+            Entry::Occupied(_) => return,
+        };
+        self.factory.forget(id);
+        self.places().remove(id);
     }
 
     fn socket(&self, id: &str) -> PathBuf {
@@ -297,8 +306,12 @@ impl<F: DeviceFactory> Registry<F> {
         let recorded = records::write(&self.directory, spec);
         let made = recorded.and_then(|()| {
             self.make(spec).inspect_err(|_| {
-                if !was_lost && let Err(e) = records::remove(&self.directory, &spec.id) {
-                    warn!("{e}");
+                if !was_lost {
+                    if let Err(e) = records::remove(&self.directory, &spec.id) {
+                        warn!("{e}");
+                    }
+                    // It may have been made, and not served.
+                    self.factory.forget(&spec.id);
                 }
             })
         });

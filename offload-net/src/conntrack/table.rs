@@ -342,8 +342,12 @@ impl Table {
         }
     }
 
+    #[cfg_attr(
+        not(test),
+        expect(clippy::indexing_slicing, reason = "callers have a slot of this table, so it has one")
+    )]
     fn link_mut(&mut self, i: u32) -> &mut Link {
-        // Callers have a slot of this table; the last is there for what cannot be.
+        // The last is there for what cannot be.
         let last = self.links.len() - 1;
         &mut self.links[(i as usize).min(last)]
     }

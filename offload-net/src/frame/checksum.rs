@@ -32,7 +32,7 @@ impl Sum {
         }
         let mut pairs = words.remainder().chunks_exact(2);
         for p in &mut pairs {
-            self.sum += u64::from(p[0]) << 8 | u64::from(p[1]);
+            self.sum += p.iter().fold(0, |acc, b| acc << 8 | u64::from(*b));
         }
         if let [last] = pairs.remainder() {
             self.sum += u64::from(*last) << 8;
@@ -53,10 +53,10 @@ impl Sum {
             let mut at = 0;
             while at < part.len() {
                 let n = (part.len() - at).min(piece.len());
-                if let Ok(sub) = part.subslice(at, n) {
-                    sub.copy_to(&mut piece[..n]);
+                if let (Ok(sub), Some(piece)) = (part.subslice(at, n), piece.get_mut(..n)) {
+                    sub.copy_to(piece);
+                    self.add(piece);
                 }
-                self.add(&piece[..n]);
                 at += n;
             }
         });

@@ -58,14 +58,14 @@ impl VnetHeader {
 
     /// Reads a sender's header; its `num_buffers` means nothing and is left 0.
     pub fn from_bytes(b: &[u8; LEN]) -> Self {
-        let u16_at = |i: usize| u16::from_le_bytes([b[i], b[i + 1]]);
+        let [flags, gso_type, a, b, c, d, e, f, g, h, _, _] = *b;
         Self {
-            flags: b[0],
-            gso_type: b[1],
-            hdr_len: u16_at(2),
-            gso_size: u16_at(4),
-            csum_start: u16_at(6),
-            csum_offset: u16_at(8),
+            flags,
+            gso_type,
+            hdr_len: u16::from_le_bytes([a, b]),
+            gso_size: u16::from_le_bytes([c, d]),
+            csum_start: u16::from_le_bytes([e, f]),
+            csum_offset: u16::from_le_bytes([g, h]),
             num_buffers: 0,
         }
     }

@@ -130,7 +130,7 @@ impl Frame<'_> {
     pub fn copy_out(&self, start: usize, to: &mut [u8]) -> bool {
         let in_head = self.head.get(start..).unwrap_or_default();
         let (first, rest) = to.split_at_mut(in_head.len().min(to.len()));
-        first.copy_from_slice(&in_head[..first.len()]);
+        first.iter_mut().zip(in_head).for_each(|(to, byte)| *to = *byte);
         let behind = start.saturating_sub(self.head.len());
         let there = rest.is_empty() || behind + rest.len() <= self.tail_bytes.len;
         there && self.tail.copy_out(self.tail_bytes.start + behind, rest) == rest.len()

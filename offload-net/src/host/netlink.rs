@@ -122,12 +122,12 @@ impl Message {
     /// Sends the request and waits for the acknowledgement.
     fn send(mut self) -> io::Result<()> {
         let len = self.0.len() as u32;
-        self.0[..4].copy_from_slice(&len.to_ne_bytes());
+        self.0.iter_mut().zip(len.to_ne_bytes()).for_each(|(to, byte)| *to = byte);
         let socket = route_socket()?;
         socket::sendto(socket.as_raw_fd(), &self.0, &NetlinkAddr::new(0, 0), MsgFlags::empty())?;
         let mut answer = [0; 1024];
         let n = socket::recv(socket.as_raw_fd(), &mut answer, MsgFlags::empty())?;
-        acknowledged(&answer[..n])
+        acknowledged(answer.get(..n).unwrap_or_default())
     }
 }
 

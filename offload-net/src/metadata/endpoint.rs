@@ -293,7 +293,8 @@ impl Connection {
                 Ok(Some(request)) => {
                     let length = request.length;
                     self.ending = !http::respond(&request, view, tokens, now, body, &mut self.response);
-                    self.request.drain(..length);
+                    // As many as were read.
+                    self.request.drain(..length.min(self.request.len()));
                 }
                 Err(status) => {
                     http::refuse(status, &mut self.response);
@@ -312,7 +313,7 @@ impl Connection {
             let room = REQUEST_MAX - self.request.len();
             let read = socket.recv(|bytes| {
                 let n = bytes.len().min(room);
-                self.request.extend(&bytes[..n]);
+                self.request.extend(bytes.iter().take(n));
                 (n, n)
             });
             if read.is_err() {

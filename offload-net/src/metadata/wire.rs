@@ -52,29 +52,27 @@ impl Frames {
         let start = self.bytes.len();
         self.bytes.resize(start + ETH_HEADER + length, 0);
         self.ends.push(self.bytes.len());
-        let (header, packet) = self.bytes[start..].split_at_mut(ETH_HEADER);
+        // So long it has just been made.
+        let frame = self.bytes.get_mut(start..).unwrap_or_default();
+        let (header, packet) = frame.split_at_mut_checked(ETH_HEADER).unwrap_or_default();
         let result = write(packet);
         let ethertype = if packet.first().is_some_and(|b| b >> 4 == 6) { TYPE_IPV6 } else { TYPE_IPV4 };
-        header[..6].copy_from_slice(&self.to.0);
-        header[6..12].copy_from_slice(&self.from.0);
-        header[12..].copy_from_slice(&ethertype.to_be_bytes());
+        let fields = self.to.0.into_iter().chain(self.from.0).chain(ethertype.to_be_bytes());
+        header.iter_mut().zip(fields).for_each(|(to, byte)| *to = byte);
         limit_hops(packet);
         result
     }
 }
 
 fn limit_hops(packet: &mut [u8]) {
-    match packet {
-        [0x60..=0x6f, _, _, _, _, _, _, hop_limit, ..] => *hop_limit = HOP_LIMIT,
-        // smoltcp sends no options.
-        [0x45, ..] if packet.len() >= IPV4_HEADER => {
-            packet[8] = HOP_LIMIT;
-            packet[10..12].fill(0);
-            let mut sum = Sum::new();
-            sum.add(&packet[..IPV4_HEADER]);
-            packet[10..12].copy_from_slice(&sum.finish().to_be_bytes());
-        }
-        _ => {}
+    if let [0x60..=0x6f, _, _, _, _, _, _, hop_limit, ..] = packet {
+        *hop_limit = HOP_LIMIT;
+    // smoltcp sends no options.
+    } else if let Some(header @ [0x45, ..]) = packet.first_chunk_mut::<IPV4_HEADER>() {
+        (header[8], header[10], header[11]) = (HOP_LIMIT, 0, 0);
+        let mut sum = Sum::new();
+        sum.add(header);
+        [header[10], header[11]] = sum.finish().to_be_bytes();
     }
 }
 

@@ -1,6 +1,14 @@
 //! A device's receive queue: frames go into the buffers that the guest has put there. Without buffers they wait for a
 //! moment, within bounds, or are dropped.
 
+#![cfg_attr(
+    not(test),
+    expect(
+        clippy::indexing_slicing,
+        reason = "`held` counts chains that are there, and nobody else sets it"
+    )
+)]
+
 use offload_card::event::Event;
 use offload_card::ring::{Chain, Ring, RingError, RingState};
 use virtio_bindings::virtio_net::{
@@ -42,7 +50,7 @@ pub struct RxQueue {
     tso6: bool,
     /// Buffers; kept, so that nothing is allocated per frame.
     chains: Vec<Chain>,
-    /// How many of `chains`, from the first on, are popped and not filled: those a frame found too few wait for the next,
+    /// How many of `chains`, from the first on and at most all, are popped and not filled: those a frame found too few wait for the next,
     /// so that no buffer is looked at twice.
     held: usize,
     /// Bytes in them.

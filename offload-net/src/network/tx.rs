@@ -68,7 +68,9 @@ pub fn parse<'a>(
     if in_head <= LEN || chain.writable_len() != 0 {
         return Err(Malformed::Length(total.saturating_sub(LEN)));
     }
-    let Some((header, head)) = buf[..in_head].split_first_chunk() else { return Err(Malformed::Length(0)) };
+    let Some((header, head)) = buf.get(..in_head).and_then(<[u8]>::split_first_chunk) else {
+        return Err(Malformed::Length(0));
+    };
     let header = VnetHeader::from_bytes(header);
     let offloads = offload::check(&header, head, total - LEN, mtu, allowed)?;
     let tail_bytes = Bytes { start: in_head, len: total - in_head };

@@ -3,6 +3,7 @@
 #![allow(dead_code, unreachable_pub)]
 
 pub mod card;
+pub mod groups;
 pub mod queue;
 
 use std::fs::File;

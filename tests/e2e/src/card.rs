@@ -9,7 +9,8 @@ use proto::v1::storage_card_client::StorageCardClient;
 use proto::v1::{
     BlockDeviceSpec, CreateDeviceRequest, CreateNetworkRequest, DeleteDeviceRequest, DeleteNetworkRequest,
     Device, DeviceLimits, DeviceSpec, DeviceStats, GetCardStatsRequest, IdentifyRequest, NetDeviceSpec,
-    NetDrops, NetworkSpec, QueueStats, ResizeDeviceRequest, SetLimitsRequest, device_spec,
+    NetDrops, NetworkSpec, QueueStats, ResizeDeviceRequest, SecurityGroupSpec, SetLimitsRequest,
+    SetSecurityGroupsRequest, device_spec,
 };
 use tokio::runtime::Runtime;
 use tonic::Status;
@@ -200,13 +201,21 @@ impl Card {
         self.create_nic(id, spec).expect("create network device")
     }
 
-    fn create_nic(&self, id: &str, spec: NetDeviceSpec) -> Result<Device, Status> {
+    /// A virtio-net device of any kind.
+    pub fn create_nic(&self, id: &str, spec: NetDeviceSpec) -> Result<Device, Status> {
         self.create(DeviceSpec {
             id: id.to_owned(),
             kind: Some(device_spec::Kind::Net(spec)),
             limits: None,
             net_limits: None,
         })
+    }
+
+    /// Makes security groups, or replaces them.
+    pub fn set_security_groups(&self, groups: Vec<SecurityGroupSpec>) {
+        let request = SetSecurityGroupsRequest { groups, validate_only: false };
+        let mut client = NetworkCardClient::new(self.channel.clone());
+        self.runtime.block_on(client.set_security_groups(request)).expect("set security groups");
     }
 
     /// Sets what a device may do per second.

@@ -4,11 +4,13 @@
 //! Failures panic: this crate is for tests. Everything started is ended by its own pid when its guard is dropped.
 
 pub mod card;
+pub mod frames;
 pub mod guest;
 pub mod host;
 pub mod manager;
 pub mod process;
 pub mod qemu;
+pub mod station;
 pub mod vm;
 
 use std::os::unix::fs::FileExt;

@@ -2,37 +2,20 @@
 //! the answer is one that can be read to its end.
 #![no_main]
 
-use std::sync::LazyLock;
+use std::sync::{Arc, LazyLock};
 
 use fuzz::input::Input;
+use fuzz::vpc::{self, MAC, OWN, OWN6, SUBNET};
 use libfuzzer_sys::fuzz_target;
 use offload_net::answer::{self, dhcp, dhcp6};
-use offload_net::mac::MacAddr;
-use offload_net::subnet::{Interface, Subnet};
+use offload_net::subnet::Interface;
 
-const MAC: [u8; 6] = [0x52, 0x54, 0, 0, 0, 7];
-const OWN: [u8; 4] = [10, 88, 0, 7];
-const OWN6: [u8; 16] = [0xfd, 0, 0, 0x88, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 7];
 /// Ethernet, IP and UDP.
 const HEADERS: usize = 14 + 20 + 8;
 const HEADERS6: usize = 14 + 40 + 8;
 
-static SUBNET: LazyLock<Subnet> = LazyLock::new(|| {
-    let spec = proto::v1::NetworkSpec {
-        id: "fuzz".to_owned(),
-        ipv4_prefix: "10.88.0.0/24".to_owned(),
-        ipv6_prefix: "fd00:88::/64".to_owned(),
-        ..Default::default()
-    };
-    Subnet::check(&spec, 1500, &[]).expect("a good network").expect("with a prefix")
-});
-static INTERFACE: LazyLock<Interface> = LazyLock::new(|| Interface {
-    ipv4: vec![OWN.into()],
-    ipv6: vec![OWN6.into()],
-    hostname: "fuzz".to_owned(),
-    metadata: Some(std::sync::Arc::new(proto::v1::Metadata::default())),
-    ..Interface::plain(MacAddr(MAC))
-});
+static INTERFACE: LazyLock<Interface> =
+    LazyLock::new(|| Interface { metadata: Some(Arc::default()), ..vpc::interface() });
 
 fuzz_target!(|data: &[u8]| {
     let mut input = Input::new(data);

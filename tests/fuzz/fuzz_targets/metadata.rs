@@ -6,26 +6,17 @@ use std::sync::{Arc, LazyLock};
 use std::time::{Duration, Instant};
 
 use fuzz::input::Input;
+use fuzz::vpc::{self, MAC, SUBNET};
 use libfuzzer_sys::fuzz_target;
 use offload_net::mac::MacAddr;
 use offload_net::metadata::token::Tokens;
 use offload_net::metadata::tree::View;
 use offload_net::metadata::{ADDRESS_V4, ADDRESS_V6, Endpoints, http};
-use offload_net::subnet::{Interface, Subnet};
+use offload_net::subnet::Interface;
 use proto::v1::{Metadata, SshPublicKey};
 
-const MAC: MacAddr = MacAddr([0x52, 0x54, 0, 0, 0, 7]);
 const SECRET: &[u8] = b"nobody-is-told-without-a-token";
 
-static SUBNET: LazyLock<Subnet> = LazyLock::new(|| {
-    let spec = proto::v1::NetworkSpec {
-        id: "fuzz".to_owned(),
-        ipv4_prefix: "10.88.0.0/24".to_owned(),
-        ipv6_prefix: "fd00:88::/64".to_owned(),
-        ..Default::default()
-    };
-    Subnet::check(&spec, 1500, &[]).expect("a good network").expect("with a prefix")
-});
 static INTERFACE: LazyLock<Interface> = LazyLock::new(|| {
     let key = SshPublicKey { name: "k".to_owned(), key: String::from_utf8_lossy(SECRET).into_owned() };
     let metadata = Metadata {
@@ -34,12 +25,7 @@ static INTERFACE: LazyLock<Interface> = LazyLock::new(|| {
         user_data: SECRET.repeat(100),
         ..Default::default()
     };
-    Interface {
-        ipv4: vec![[10, 88, 0, 7].into()],
-        ipv6: vec!["fd00:88::7".parse().expect("an address")],
-        metadata: Some(Arc::new(metadata)),
-        ..Interface::plain(MAC)
-    }
+    Interface { metadata: Some(Arc::new(metadata)), ..vpc::interface() }
 });
 
 fuzz_target!(|data: &[u8]| {
@@ -89,7 +75,7 @@ fn packets(mut input: Input<'_>) {
         let packet =
             if raw { payload.to_vec() } else { segment(choices, flags, sequence, acknowledged, payload) };
         let _ = service.receive(&INTERFACE, &SUBNET, &packet, now);
-        if let Some(frames) = service.frames(MAC) {
+        if let Some(frames) = service.frames(MacAddr(MAC)) {
             frames.drain(|f| (sequence, acknowledged) = seen(f).unwrap_or((sequence, acknowledged)));
         }
     }
@@ -133,7 +119,7 @@ fn segment(choices: u8, flags: u8, sequence: u32, acknowledged: u32, payload: &[
 
 /// What a frame to the guest says: it goes nowhere else, and tells nothing. The next sequence number, and the acknowledgement.
 fn seen(frame: &mut [u8]) -> Option<(u32, u32)> {
-    assert!(frame[..6] == MAC.0 && frame.len() <= 1514);
+    assert!(frame[..6] == MAC && frame.len() <= 1514);
     assert!(!frame.windows(SECRET.len()).any(|w| w == SECRET), "the guest has never shown a token");
     let (l4, protocol) = match frame[12..14] {
         [8, 0] => {

@@ -167,6 +167,10 @@ fn poll_all(clock: &Clock, jobs: &mut [Running<'_, '_>], start: u64) {
         if sleepers.all(|running| running.job.arm()) {
             let waiting = jobs.iter().filter(|running| running.ended.is_none());
             let patience = waiting.filter_map(|running| running.job.patience(now)).min();
+            // Now, or while there was work.
+            if apic::timer_fired() {
+                alarm = None;
+            }
             let due = patience.map(|micros| now.saturating_add(clock.ticks(micros.max(50))));
             // Not set anew for a later time: each setting costs an exit to the kernel.
             if let Some(due) = due.filter(|due| alarm.is_none_or(|alarm| *due < alarm)) {
@@ -174,9 +178,6 @@ fn poll_all(clock: &Clock, jobs: &mut [Running<'_, '_>], start: u64) {
                 alarm = Some(due);
             }
             gate::sleep(seen);
-            if apic::timer_fired() {
-                alarm = None;
-            }
         }
         for running in jobs.iter_mut().filter(|running| running.ended.is_none()) {
             running.job.disarm();
@@ -195,6 +196,7 @@ fn build<'c>(context: &'c Context<'_>, spec: &Spec<'_>, alone: bool) -> Result<B
         Kind::NetSend(device, net, args) => net::send(context, spec.number, device, net, args)?,
         Kind::NetReceive(device, net, args) => net::receive(context, spec.number, device, net, args)?,
         Kind::NetExchange(device, net, args) => net::exchange(context, spec.number, device, net, args)?,
+        Kind::NetRaw(device, net) => net::raw(context, spec.number, device, net)?,
         Kind::NetPingPong(device, net, args) => net::ping_pong(context, spec.number, device, net, args)?,
         Kind::Idle(micros) => misc::idle(context, *micros)?,
         // Alone it would never end.

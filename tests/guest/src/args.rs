@@ -136,6 +136,8 @@ pub enum Kind<'a> {
     NetExchange(Device<'a>, Net, Window),
     /// `net-pingpong`
     NetPingPong(Device<'a>, Net, PingPong),
+    /// `net-raw`
+    NetRaw(Device<'a>, Net),
     /// `idle`, for microseconds (0: for ever)
     Idle(u64),
     /// `compute`, for microseconds; `None`: until the other jobs of the stage have ended
@@ -248,6 +250,7 @@ fn job<'a>(number: u32, name: &'a str, mut words: Words<'a>) -> Result<Job<'a>, 
         "net-recv" => Kind::NetReceive(device(w, 5)?, Net::parse(w)?, Receive::parse(w)?),
         "net-exchange" => Kind::NetExchange(device(w, 30)?, Net::parse_with_peer(w)?, Window::parse(w)?),
         "net-pingpong" => Kind::NetPingPong(device(w, 30)?, Net::parse_with_peer(w)?, PingPong::parse(w)?),
+        "net-raw" => Kind::NetRaw(device(w, 30)?, Net::parse(w)?),
         "idle" => Kind::Idle(w.micros("secs", 0)?),
         "compute" => Kind::Compute(w.maybe_micros("secs")?),
         "spin" => Kind::Spin(w.micros("secs", 1_000_000)?),
@@ -383,7 +386,7 @@ mod tests {
 
         #[test]
         fn any_values_are_survived(
-            job in "blk-verify|blk-bench|blk-malformed|net-send|net-recv|net-echo|net-exchange|net-pingpong|idle|poweroff",
+            job in "blk-verify|blk-bench|blk-malformed|net-send|net-recv|net-echo|net-exchange|net-pingpong|net-raw|idle|poweroff",
             words in proptest::collection::vec(
                 ("bytes|bs|qd|queues|secs|offset|seed|ip|peer|peer_mac|how|end|pci|virtio_mmio.device|timeout|dev|size|count|qsize",
                  "[0-9a-fxKMGT.:@]{0,12}"), 0..6),

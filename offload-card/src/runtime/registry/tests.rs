@@ -20,6 +20,8 @@ struct Inner {
     storage: Mutex<BTreeMap<String, Storage>>,
     changed: Condvar,
     closed: Mutex<Vec<String>>,
+    /// What is kept of devices beside their records.
+    kept: Mutex<Vec<String>>,
 }
 
 #[derive(Clone, Default)]
@@ -33,6 +35,10 @@ impl Storages {
 
     fn closed(&self, id: &str) -> bool {
         self.0.closed.lock().unwrap().iter().any(|c| c == id)
+    }
+
+    fn kept(&self) -> Vec<String> {
+        self.0.kept.lock().unwrap().clone()
     }
 }
 
@@ -68,10 +74,17 @@ impl DeviceFactory for Storages {
         let all = self.0.changed.wait_while(self.0.storage.lock().unwrap(), hangs).unwrap();
         match all.get(&spec.id) {
             Some(Storage::Works) => {
+                let mut kept = self.0.kept.lock().unwrap();
+                kept.retain(|k| *k != spec.id);
+                kept.push(spec.id.clone());
                 Ok(Arc::new(Nothing(self.validate(spec)?, spec.id.clone(), self.clone())))
             }
             _ => Err(Error::new(Code::NotFound, ErrorReason::Host, "the image is gone")),
         }
+    }
+
+    fn forget(&self, id: &str) {
+        self.0.kept.lock().unwrap().retain(|k| k != id);
     }
 }
 
@@ -170,4 +183,40 @@ fn a_lost_device_stays_lost_when_it_is_created_in_vain() {
     // One that never was leaves nothing behind.
     assert!(registry.create(&spec("b")).is_err());
     assert!(!setup.recorded("b") && broken(&registry, "b").is_none());
+}
+
+#[test]
+fn nothing_is_kept_of_a_device_that_is_deleted_while_it_is_made_again() {
+    let setup = Setup::new(&[("a", Storage::Hangs), ("b", Storage::Works), ("c", Storage::Hangs)]);
+    let registry = setup.start(Duration::from_millis(10));
+    eventually("served", || broken(&registry, "b").as_deref() == Some(""));
+    registry.delete("a").unwrap();
+    setup.storages.set("a", Storage::Works);
+    // The attempt made it all the same.
+    eventually("closed", || setup.storages.closed("a"));
+    eventually("forgotten", || setup.storages.kept() == ["b"]);
+    eventually("free", || registry.create(&spec("a")).is_ok());
+    assert_eq!(setup.storages.kept(), ["b", "a"]);
+
+    // What another device of that name keeps is its own.
+    registry.delete("c").unwrap();
+    let (first, second) = (registry.clone(), setup.storages.clone());
+    let creates = std::thread::spawn(move || first.create(&spec("c")).unwrap());
+    eventually("being made", || registry.validate(&spec("c")).is_err());
+    second.set("c", Storage::Works);
+    creates.join().unwrap();
+    eventually("closed", || setup.storages.closed("c"));
+    assert_eq!(setup.storages.kept().iter().filter(|k| *k == "c").count(), 1);
+    assert_eq!(broken(&registry, "c").as_deref(), Some(""));
+}
+
+#[test]
+fn nothing_is_kept_of_a_device_that_cannot_be_served() {
+    let setup = Setup::new(&[]);
+    let registry = setup.start(PATIENCE);
+    setup.storages.set("a", Storage::Works);
+    // In the way of its socket.
+    std::fs::create_dir(setup.dir.path().join("a.sock")).unwrap();
+    assert!(registry.create(&spec("a")).is_err());
+    assert!(setup.storages.closed("a") && setup.storages.kept().is_empty() && !setup.recorded("a"));
 }

@@ -6,7 +6,7 @@ use crate::time::Clock;
 use alloc::boxed::Box;
 use alloc::string::String;
 use guest::args;
-use guest::frame::{Protocol, UDP_OVERHEAD};
+use guest::frame::{Flow, Protocol, UDP_OVERHEAD};
 use guest::histogram::Histogram;
 use guest::json::Object;
 use guest::payload::{HEADER, Header, Kind};
@@ -90,6 +90,7 @@ struct Send {
     size: usize,
     seed: u64,
     protocol: Protocol,
+    ports: u64,
     /// Ticks between frames; 0: none.
     interval: u64,
     /// Of the measurement; 0: any.
@@ -111,6 +112,7 @@ pub(crate) fn send<'c>(
         size,
         seed: net.seed,
         protocol: args.protocol,
+        ports: args.ports,
         interval: (context.clock.khz() * 1000).checked_div(args.rate).unwrap_or(0),
         ticks: context.clock.ticks(args.micros),
     };
@@ -145,6 +147,8 @@ impl Talk for Send {
             }
             let header = Header { kind: Kind::Data, finished: false, sequence: self.sent, acknowledged: 0 };
             let seed = self.seed;
+            let source_port = flow.source_port.wrapping_add((self.sent % self.ports) as u16);
+            let flow = Flow { source_port, ..flow };
             if !out.send(&flow, true, self.protocol, self.size, |room| header.write(seed, room)) {
                 break;
             }

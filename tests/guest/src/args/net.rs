@@ -106,6 +106,8 @@ pub struct Send {
     pub rate: u64,
     /// UDP or TCP.
     pub protocol: Protocol,
+    /// Source ports, from the job's own on, that the frames have in turn.
+    pub ports: u64,
 }
 
 impl Send {
@@ -119,6 +121,7 @@ impl Send {
             micros,
             rate: words.number("rate", 0, 0, 1 << 40)?,
             protocol: words.choice("proto", &protocols, Protocol::Udp)?,
+            ports: words.number("ports", 1, 1, 1 << 16)?,
         })
     }
 }
