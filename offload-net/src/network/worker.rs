@@ -14,6 +14,7 @@ use offload_card::poll::{Next, Pacer, PollPolicy, Poller, Receiver};
 
 use super::addressed::Addressed;
 use super::allowance::Waiting;
+use super::steering::Steering;
 use super::uplink::Uplink;
 use crate::capture::Sink;
 use crate::flow::Recorder;
@@ -47,12 +48,14 @@ pub(super) struct Worker {
     /// Who has which security groups.
     members: Members,
     pub(super) ports: Vec<Option<Port>>,
-    /// Ports whose transmit queue is looked at in every turn, and need not kick.
+    /// Which receive queue a frame goes to, where there are several.
+    steering: Steering,
+    /// Ports of whose transmit queues one or more are looked at in every turn, and need not kick.
     active: Vec<PortId>,
     /// How long they are when there is nothing in them.
     pacer: Pacer,
-    /// Ports with frames delivered and not yet shown to the guest.
-    dirty: Vec<PortId>,
+    /// Ports and pairs with frames delivered and not yet shown to the guest.
+    dirty: Vec<(PortId, usize)>,
     /// Ports whose frames wait for their limits. They are not in `active` and are not asked to kick.
     waiting: Waiting,
     /// Some port may have captures.
@@ -88,6 +91,7 @@ impl Worker {
             addressed: subnet.map(Addressed::new),
             members: Members::default(),
             ports: Vec::new(),
+            steering: Steering::default(),
             active: Vec::new(),
             pacer: Pacer::new(policy),
             dirty: Vec::new(),

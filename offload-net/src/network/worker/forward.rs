@@ -2,7 +2,7 @@
 
 use vm_memory::VolatileSlice;
 
-use super::port::Port;
+use super::port::{Pair, Port, rx_of};
 use super::{NEW_TAP, Worker};
 use crate::capture::Direction;
 use crate::drops::DropReason;
@@ -93,7 +93,9 @@ impl Worker {
     fn deliver(&mut self, frame: &Frame<'_>, to: PortId) {
         let Some(port) = self.ports.get_mut(to.0).and_then(Option::as_mut) else { return };
         let mut action = Action::Accept;
-        if let Port { rx: Some(queue), allowance: Some(allowance), .. } = port
+        let Port { pairs, allowance, .. } = port;
+        if let Some(Pair { rx: Some(queue), .. }) = pairs.first_mut()
+            && let Some(allowance) = allowance
             && !allowance.admits(frame)
         {
             queue.refuse();
@@ -109,10 +111,10 @@ impl Worker {
 
     /// To a device. A device without a running queue is like a cable with nobody at its end.
     fn give(&mut self, frame: &Frame<'_>, to: PortId) {
-        if let Some(port) = self.ports.get_mut(to.0).and_then(Option::as_mut) {
-            port.capture(frame, Direction::Inbound);
-        }
-        self.with_rx(to, |queue| queue.deliver(frame));
+        let Some(port) = self.ports.get_mut(to.0).and_then(Option::as_mut) else { return };
+        port.capture(frame, Direction::Inbound);
+        let pair = self.steering.queue(frame, port.spread);
+        self.with_rx(to, pair, |queue| queue.deliver(frame));
     }
 
     /// To the host.
@@ -135,9 +137,8 @@ impl Worker {
 
     /// Shows guests what they have received in this turn: one interrupt each, at most.
     pub(super) fn publish(&mut self) {
-        while let Some(id) = self.dirty.pop() {
-            if let Some(queue) = self.ports.get_mut(id.0).and_then(Option::as_mut).and_then(|p| p.rx.as_mut())
-            {
+        while let Some((id, pair)) = self.dirty.pop() {
+            if let Some(queue) = rx_of(&mut self.ports, id, pair) {
                 queue.settle();
             }
         }

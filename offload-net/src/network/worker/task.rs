@@ -10,7 +10,6 @@ use offload_card::ring::{Ring, RingState};
 use proto::error::Error;
 
 use super::Worker;
-use super::port::tx_of;
 use crate::capture::{self, Sink};
 use crate::conntrack::Filter;
 use crate::drops::Drops;
@@ -26,8 +25,8 @@ use crate::switch::PortId;
 /// What the network's thread is asked to do.
 #[derive(Debug)]
 pub(in crate::network) enum Task {
-    /// Plug in a device that speaks as this interface, behind a filter if it has security groups.
-    Plug(Interface, Option<Box<Filter>>, SyncSender<Result<(PortId, Arc<Drops>), Taken>>),
+    /// Plug in a device that speaks as this interface, behind a filter if it has security groups, with so many queue pairs.
+    Plug(Interface, Option<Box<Filter>>, u16, SyncSender<Result<(PortId, Arc<Drops>), Taken>>),
     /// Unplug it. Its queues have been stopped.
     Unplug(PortId),
     /// Other rules for a device with these security groups.
@@ -70,8 +69,8 @@ impl Worker {
     /// Whoever asked and has stopped waiting for the answer does not need it.
     fn perform(&mut self, task: Task) {
         match task {
-            Task::Plug(interface, filter, reply) => {
-                let _ = reply.send(self.plug(interface, filter));
+            Task::Plug(interface, filter, pairs, reply) => {
+                let _ = reply.send(self.plug(interface, filter, pairs));
             }
             Task::SetRules(id, groups, rules, reply) => {
                 self.set_rules(id, &groups, rules);
@@ -100,11 +99,8 @@ impl Worker {
                     port.allowance = Allowance::new(limits, port.allowance.as_deref(), exceeded);
                 }
                 // What waits goes by these.
-                if let Some(waited) = self.waiting.remove(id)
-                    && let Some(queue) = tx_of(&mut self.ports, id)
-                {
-                    queue.ring.counters().throttled_ns.add(waited);
-                    self.active.push(id);
+                if let Some((queue, waited)) = self.waiting.remove(id) {
+                    self.resume(id, queue, waited);
                 }
             }
             Task::Capture(id, sink, reply) => {
