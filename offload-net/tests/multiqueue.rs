@@ -213,8 +213,13 @@ fn a_front_end_that_has_the_control_queue_starts_and_stops_pairs() {
     assert_eq!(used(&mut a, &mut b), set([0, 1]));
     network.start_queue(port, b.ring(4, None)).unwrap();
     assert_eq!(used(&mut a, &mut b), set([0, 1, 2]));
-    // There is no control queue.
-    assert!(stop(6).is_none() && network.start_queue(port, b.ring(6, None)).is_err());
+    // Who starts the control queue all the same finds nobody there.
+    network.start_queue(port, b.ring(6, None)).unwrap();
+    b.put_command(&[&PAIRS_SET, &1_u16.to_le_bytes()], 1);
+    b.control().kick();
+    assert!(b.control().wait_used(MOMENT).is_none());
+    assert_eq!(stop(6).map(|state| state.next_avail), Some(0));
+    assert_eq!(used(&mut a, &mut b), set([0, 1, 2]));
 }
 
 #[test]

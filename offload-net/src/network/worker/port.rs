@@ -28,6 +28,8 @@ pub(in crate::network) struct Port {
     pub(super) drops: Arc<Drops>,
     pub(super) pairs: Box<[Pair]>,
     control: Option<ControlQueue>,
+    /// Queues that its driver has started and may not use, and where they stand.
+    unused: Vec<(u16, RingState)>,
     /// What its driver accepted, when a queue was started last.
     features: u64,
     /// How many of its receive queues frames are spread over, from the first on; at least 1.
@@ -97,6 +99,7 @@ impl Worker {
             drops: drops.clone(),
             pairs: (0..pairs.max(1)).map(|_| Pair::default()).collect(),
             control: None,
+            unused: Vec::new(),
             features: 0,
             spread: 1,
             next: 0,
@@ -118,7 +121,14 @@ impl Worker {
         };
         let (index, features) = (ring.index(), ring.features());
         let Some(role) = Role::of(index, features, port.pairs.len()) else {
-            return Err(failed(format!("the device has no queue {index}")));
+            // The driver's business, and no reason to fail: the queue lies there.
+            ring.shared().log.say(|left_out| {
+                tracing::warn!(
+                    "queue {index} is of no use with the features that the driver accepted{left_out}"
+                );
+            });
+            port.unused.push((index, ring.stop()));
+            return Ok(());
         };
         self.poller
             .add_edge(ring.kick(), token(id, index))
@@ -157,6 +167,9 @@ impl Worker {
             let _ = self.poller.remove(control.kick());
             port.spread = port.spread();
             return Some(control.stop());
+        }
+        if let Some(at) = port.unused.iter().position(|(unused, _)| *unused == index) {
+            return Some(port.unused.swap_remove(at).1);
         }
         let pair = port.pairs.get_mut(usize::from(index / 2))?;
         if index % 2 == RX {
