@@ -1,7 +1,9 @@
 //! The virtio-net device (VirtIO 1.3 section 5.1): what a front-end sees of a port of a network.
 //!
-//! One receive and one transmit queue, and no control queue. Without a control queue a driver cannot ask for more
-//! queue pairs, so more than one is refused when the device is made.
+//! One or several pairs of a receive and a transmit queue. With several, there is a control queue behind them by which the
+//! driver says how many it uses: it is the card's, as all queues. QEMU keeps the control queue to itself and starts and
+//! stops the pairs accordingly; it does not let the card see VIRTIO_NET_F_CTRL_VQ. A front-end that shows the feature and
+//! keeps the queue all the same (Cloud Hypervisor) gets all frames in the first pair.
 //!
 //! QEMU as the front-end answers the guest's reads of the configuration space itself, with the MAC address on its own
 //! command line. If that is not the one in the device's specification the guest is mute: its frames count as spoofed.
@@ -16,9 +18,9 @@ use proto::error::Error;
 use proto::v1::{DeviceStats, NetDeviceSpec};
 use virtio_bindings::virtio_ids::VIRTIO_ID_NET;
 use virtio_bindings::virtio_net::{
-    VIRTIO_NET_F_CSUM, VIRTIO_NET_F_GUEST_CSUM, VIRTIO_NET_F_GUEST_TSO4, VIRTIO_NET_F_GUEST_TSO6,
-    VIRTIO_NET_F_HOST_TSO4, VIRTIO_NET_F_HOST_TSO6, VIRTIO_NET_F_MAC, VIRTIO_NET_F_MRG_RXBUF,
-    VIRTIO_NET_F_MTU, VIRTIO_NET_F_STATUS, VIRTIO_NET_S_LINK_UP,
+    VIRTIO_NET_F_CSUM, VIRTIO_NET_F_CTRL_VQ, VIRTIO_NET_F_GUEST_CSUM, VIRTIO_NET_F_GUEST_TSO4,
+    VIRTIO_NET_F_GUEST_TSO6, VIRTIO_NET_F_HOST_TSO4, VIRTIO_NET_F_HOST_TSO6, VIRTIO_NET_F_MAC,
+    VIRTIO_NET_F_MQ, VIRTIO_NET_F_MRG_RXBUF, VIRTIO_NET_F_MTU, VIRTIO_NET_F_STATUS, VIRTIO_NET_S_LINK_UP,
 };
 
 use crate::conntrack::Filter;
@@ -30,8 +32,8 @@ use crate::security::Wanted;
 use crate::subnet::{Interface, Subnet};
 use crate::switch::PortId;
 
-/// Receive and transmit queue.
-const QUEUES: u16 = 2;
+/// Most queue pairs of a device.
+const QUEUE_PAIRS_MAX: u32 = 32;
 /// `struct virtio_net_config` up to and including `mtu`.
 const CONFIG_SIZE: usize = 12;
 const DEFAULT_QUEUE_SIZE: u32 = 256;
@@ -40,6 +42,9 @@ const DEFAULT_QUEUE_SIZE: u32 = 256;
 pub const MTU_MIN: u32 = 68;
 /// See [`MTU_MIN`].
 pub const MTU_MAX: u32 = 65521;
+
+/// What a device with several queue pairs has besides: without a control queue its driver could not ask for them.
+const FEATURES_OF_SEVERAL: u64 = 1 << VIRTIO_NET_F_MQ | 1 << VIRTIO_NET_F_CTRL_VQ;
 
 const FEATURES: u64 = 1 << VIRTIO_NET_F_MAC
     | 1 << VIRTIO_NET_F_MTU
@@ -61,6 +66,8 @@ pub struct Settings {
     pub security: Option<Wanted>,
     /// Largest L3 packet in bytes.
     pub mtu: u16,
+    /// Pairs of a receive and a transmit queue.
+    pub queue_pairs: u16,
     /// Largest ring.
     pub queue_size: u16,
 }
@@ -84,9 +91,10 @@ impl Settings {
             let what = format!("MTU {mtu} is not between {MTU_MIN} and the network's, {network_mtu}");
             return Err(Error::invalid_field("net.mtu", what));
         }
-        if spec.queue_pairs > 1 {
-            let what = format!("{} queue pairs: this version serves one per device", spec.queue_pairs);
-            return Err(Error::invalid_field("net.queue_pairs", what).remedy("leave queue_pairs 0 or 1"));
+        let queue_pairs = spec.queue_pairs.max(1);
+        if queue_pairs > QUEUE_PAIRS_MAX {
+            let what = format!("{queue_pairs} queue pairs are more than {QUEUE_PAIRS_MAX}");
+            return Err(Error::invalid_field("net.queue_pairs", what));
         }
         let queue_size = if spec.queue_size == 0 { DEFAULT_QUEUE_SIZE } else { spec.queue_size };
         if !queue_size.is_power_of_two() || queue_size > u32::from(offload_card::ring::MAX_SIZE) {
@@ -98,16 +106,18 @@ impl Settings {
         }
         let interface = Interface::check(spec, mac, subnet)?;
         let security = Wanted::check(spec, subnet.is_some())?;
-        // Both fit: checked above.
-        Ok(Self { interface, security, mtu: mtu as u16, queue_size: queue_size as u16 })
+        // All fit: checked above.
+        let (mtu, queue_pairs, queue_size) = (mtu as u16, queue_pairs as u16, queue_size as u16);
+        Ok(Self { interface, security, mtu, queue_pairs, queue_size })
     }
 
     /// What a device with these settings is.
     pub fn identity(&self) -> Identity {
+        let (more, control) = if self.queue_pairs > 1 { (FEATURES_OF_SEVERAL, 1) } else { (0, 0) };
         Identity {
             virtio_id: VIRTIO_ID_NET,
-            features: FEATURES,
-            queues: QUEUES,
+            features: FEATURES | more,
+            queues: 2 * self.queue_pairs + control,
             max_queue_size: self.queue_size,
             config_size: CONFIG_SIZE as u32,
         }
@@ -118,7 +128,7 @@ impl Settings {
         let mut c = [0; CONFIG_SIZE];
         c[..6].copy_from_slice(&self.interface.mac.0);
         c[6..8].copy_from_slice(&(VIRTIO_NET_S_LINK_UP as u16).to_le_bytes());
-        c[8..10].copy_from_slice(&1_u16.to_le_bytes());
+        c[8..10].copy_from_slice(&self.queue_pairs.to_le_bytes());
         c[10..12].copy_from_slice(&self.mtu.to_le_bytes());
         c
     }
@@ -145,7 +155,7 @@ impl NetDevice {
         filter: Option<Box<Filter>>,
         network: Arc<Network>,
     ) -> Result<Self, Error> {
-        let (port, drops) = network.plug_behind(settings.interface.clone(), filter)?;
+        let (port, drops) = network.plug_pairs(settings.interface.clone(), filter, settings.queue_pairs)?;
         let (identity, config) = (settings.identity(), settings.config());
         Ok(Self { identity, config, network, port, drops, exceeded: Arc::default() })
     }
@@ -214,7 +224,15 @@ mod tests {
     fn the_config_space_is_what_the_driver_needs() {
         let s = Settings::check(&spec(), 1400, None).unwrap();
         assert_eq!(s.config(), [0x52, 0x54, 0, 1, 2, 3, 1, 0, 1, 0, 0x78, 5]);
-        assert_eq!(s.queue_size, 256);
+        assert_eq!((s.queue_size, s.identity().queues, s.identity().features), (256, 2, FEATURES));
+    }
+
+    #[test]
+    fn several_queue_pairs_come_with_a_control_queue() {
+        let s = Settings::check(&NetDeviceSpec { queue_pairs: 32, ..spec() }, 1500, None).unwrap();
+        assert_eq!(s.config()[8..10], [32, 0]);
+        assert_eq!(s.identity().queues, 65);
+        assert_eq!(s.identity().features & !FEATURES, 1 << 22 | 1 << 17);
     }
 
     #[test]
@@ -229,7 +247,7 @@ mod tests {
         assert!(with(|s| s.mac = vec![0; 6]).contains("zero"));
         assert!(with(|s| s.mtu = 9000).contains("between 68 and the network's, 1500"));
         assert!(with(|s| s.mtu = 60).contains("MTU 60"));
-        assert!(with(|s| s.queue_pairs = 2).contains("one per device"));
+        assert!(with(|s| s.queue_pairs = 33).contains("33 queue pairs are more than 32"));
         assert!(with(|s| s.queue_size = 300).contains("power of two"));
         assert!(with(|s| s.queue_size = 65536).contains("power of two"));
     }

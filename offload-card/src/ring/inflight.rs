@@ -7,6 +7,7 @@
 //! ```text
 //! per queue   features u64, version u16, desc_num u16, last_batch_head u16, used_idx u16,
 //!             desc_num x { inflight u8, padding, next u16, counter u64 }
+//!             what is left up to the next 64 bytes; the last 8 of it: a note of the engine's, u64
 //! ```
 
 use std::fs::File;
@@ -66,9 +67,14 @@ pub enum InflightError {
     Map(#[from] std::io::Error),
 }
 
+/// Bytes of one queue's part that the specification has a use for.
+fn queue_used(queue_size: u16) -> u64 {
+    16 + 16 * u64::from(queue_size)
+}
+
 /// Bytes of one queue's part.
 fn queue_bytes(queue_size: u16) -> u64 {
-    (16 + 16 * u64::from(queue_size)).next_multiple_of(ALIGN)
+    queue_used(queue_size).next_multiple_of(ALIGN)
 }
 
 /// The front-end can cut the file, too.
@@ -137,7 +143,9 @@ impl InflightArea {
         let offset = usize::from(index) * usize::try_from(queue_bytes(self.queue_size)).ok()?;
         // SAFETY: `map` checked that the mapping has this part: it is the `index`-th of `queues` that fit.
         let base = unsafe { self.mapping.region.as_ptr().add(offset) };
-        Some(InflightQueue { _mapping: self.mapping.clone(), base, size, next_counter: 1 })
+        let left = queue_bytes(self.queue_size) - queue_used(self.queue_size);
+        let note = (left >= 8).then_some(usize::try_from(queue_bytes(self.queue_size)).ok()? - 8);
+        Some(InflightQueue { _mapping: self.mapping.clone(), base, note, size, next_counter: 1 })
     }
 }
 
@@ -148,6 +156,8 @@ pub struct InflightQueue {
     _mapping: Arc<Mapping>,
     /// Where this queue's part begins, aligned to 64.
     base: *const u8,
+    /// Where the note is, behind `base`; there is room for it behind any ring whose size is a power of two.
+    note: Option<usize>,
     size: u16,
     next_counter: u64,
 }
@@ -167,6 +177,24 @@ impl InflightQueue {
         }
         // SAFETY: as for the header: `size` entries follow it, and `head` is below.
         Some(unsafe { &*self.base.add(16 + 16 * usize::from(head)).cast::<Entry>() })
+    }
+
+    /// What the engine has noted, or a predecessor; 0: nothing yet.
+    pub(super) fn note(&self) -> u64 {
+        self.note_cell().map_or(0, |note| note.load(Ordering::Acquire))
+    }
+
+    /// Notes something.
+    pub(super) fn set_note(&self, what: u64) {
+        if let Some(note) = self.note_cell() {
+            note.store(what, Ordering::Release);
+        }
+    }
+
+    fn note_cell(&self) -> Option<&AtomicU64> {
+        // SAFETY: `InflightArea::queue` found that these 8 bytes belong to this queue's part and to no entry of it. Both
+        // `base` and the length of a part are multiples of 64, so they are aligned.
+        Some(unsafe { &*self.base.add(self.note?).cast::<AtomicU64>() })
     }
 
     /// Repairs what a predecessor left in the middle of a batch, and returns what it had taken and not returned, oldest
@@ -251,5 +279,38 @@ impl InflightQueue {
             head = entry.next.load(Ordering::Relaxed);
         }
         header.used_idx.store(used_idx, Ordering::Release);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_note_is_the_queues_own_and_harms_no_entry() {
+        for size in [1, 2, 4, 256] {
+            let (area, file) = InflightArea::create(2, size).unwrap();
+            let mut queue = area.queue(1, size).unwrap();
+            assert_eq!(queue.recover(0), vec![]);
+            queue.take(size - 1);
+            queue.set_note(u64::MAX);
+            let length = area.size();
+            drop((queue, area));
+            let area = InflightArea::map(file, 0, length, 2, size).unwrap();
+            assert_eq!(
+                (area.queue(0, size).unwrap().note(), area.queue(1, size).unwrap().note()),
+                (0, u64::MAX)
+            );
+            assert_eq!(area.queue(1, size).unwrap().recover(0), vec![size - 1]);
+        }
+    }
+
+    #[test]
+    fn where_there_is_no_room_nothing_is_noted() {
+        // No ring is of this size, but a front-end may ask for it.
+        let (area, _) = InflightArea::create(1, 3).unwrap();
+        let mut queue = area.queue(0, 2).unwrap();
+        queue.set_note(7);
+        assert_eq!((queue.note(), queue.recover(0)), (0, vec![]));
     }
 }

@@ -240,6 +240,19 @@ impl Ring {
         self.in_flight
     }
 
+    /// What [`Ring::set_note`] said last, also in a predecessor of this process; 0 if nothing was.
+    pub fn note(&self) -> u64 {
+        self.inflight.as_ref().map_or(0, InflightQueue::note)
+    }
+
+    /// Has a number kept where what is in flight is recorded: it outlives this process, and not the driver's use of the
+    /// ring. For the little that a driver has told an engine by requests. Without an inflight area it is lost.
+    pub fn set_note(&self, note: u64) {
+        if let Some(area) = &self.inflight {
+            area.set_note(note);
+        }
+    }
+
     /// The ring is broken: it pops nothing any more.
     pub fn is_broken(&self) -> bool {
         self.broken

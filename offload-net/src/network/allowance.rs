@@ -67,7 +67,11 @@ impl Allowance {
         let counter = if short.of == Kind::Bytes { &self.exceeded.bw_out } else { &self.exceeded.pps };
         counter.add(1);
         ring.counters().throttled.add(1);
-        Some(Held { since: now, until: short.until + GATHER_NS.min(throttle.slack() / 4) })
+        Some(Held {
+            queue: ring.index(),
+            since: now,
+            until: short.until + GATHER_NS.min(throttle.slack() / 4),
+        })
     }
 
     /// A frame from the guest has been taken, of so many packets and bytes.
@@ -95,6 +99,8 @@ impl Allowance {
 /// How long a ring waits: times of [`clock::now`].
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Held {
+    /// The ring, by its index in the device.
+    queue: u16,
     since: u64,
     until: u64,
 }
@@ -122,22 +128,22 @@ impl Waiting {
         Some(std::time::Duration::from_nanos(until.saturating_sub(clock::now())))
     }
 
-    /// Calls `f` for those that need not wait any more, with how long they did, in nanoseconds.
-    pub(super) fn release(&mut self, mut f: impl FnMut(PortId, u64)) {
+    /// Calls `f` for those that need not wait any more, with the index of the ring that did, and how long, in nanoseconds.
+    pub(super) fn release(&mut self, mut f: impl FnMut(PortId, u16, u64)) {
         let now = clock::now();
         self.0.retain(|(id, held)| {
             let due = held.until <= now;
             if due {
-                f(*id, now.saturating_sub(held.since));
+                f(*id, held.queue, now.saturating_sub(held.since));
             }
             !due
         });
     }
 
-    /// Lets one go; how long it has waited, if it did.
-    pub(super) fn remove(&mut self, id: PortId) -> Option<u64> {
+    /// Lets one go; the index of the ring that has waited, and how long, if it did.
+    pub(super) fn remove(&mut self, id: PortId) -> Option<(u16, u64)> {
         let place = self.0.iter().position(|(waiting, _)| *waiting == id)?;
         let (_, held) = self.0.swap_remove(place);
-        Some(clock::now().saturating_sub(held.since))
+        Some((held.queue, clock::now().saturating_sub(held.since)))
     }
 }

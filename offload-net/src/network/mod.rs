@@ -3,7 +3,9 @@
 mod addressed;
 pub mod allowance;
 pub mod backlog;
+pub mod control;
 pub mod rx;
+mod steering;
 mod tending;
 pub mod tx;
 pub mod uplink;
@@ -33,9 +35,9 @@ use allowance::Exceeded;
 use uplink::Uplink;
 use worker::{Taken, Task, Worker};
 
-/// Index of a device's receive queue (VirtIO 1.3 section 5.1.2).
+/// Index of a device's first receive queue (VirtIO 1.3 section 5.1.2): those of pair n are 2n and 2n + 1.
 pub const RX: u16 = 0;
-/// Index of its transmit queue.
+/// Index of its first transmit queue.
 pub const TX: u16 = 1;
 
 /// How long the network's thread may take to answer. It never waits for anything, so this is about a host that is
@@ -94,8 +96,21 @@ impl Network {
         interface: Interface,
         filter: Option<Box<Filter>>,
     ) -> Result<(PortId, Arc<Drops>), Error> {
+        self.plug_pairs(interface, filter, 1)
+    }
+
+    /// The same of a device with so many queue pairs, and with a control queue behind them if there are several.
+    ///
+    /// # Errors
+    /// An address is another device's.
+    pub fn plug_pairs(
+        &self,
+        interface: Interface,
+        filter: Option<Box<Filter>>,
+        pairs: u16,
+    ) -> Result<(PortId, Arc<Drops>), Error> {
         let deadline = Instant::now() + PATIENCE;
-        match self.ask(|reply| Task::Plug(interface, filter, reply), deadline) {
+        match self.ask(|reply| Task::Plug(interface, filter, pairs, reply), deadline) {
             Some(Ok(plugged)) => Ok(plugged),
             Some(Err(Taken::Mac(mac))) => Err(mac_taken(mac)),
             Some(Err(Taken::Address(address))) => Err(address_taken(address)),

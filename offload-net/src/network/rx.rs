@@ -109,6 +109,14 @@ impl RxQueue {
         }
     }
 
+    /// The driver does not use this queue any more: what waits for buffers is dropped, and what has been delivered is shown.
+    pub fn retire(&mut self) {
+        self.settle();
+        let waiting = std::mem::take(&mut self.backlog).len();
+        self.ring.counters().dropped.add(waiting as u64);
+        self.ring.disable_kicks();
+    }
+
     /// Counts a frame that the device's limits do not admit.
     pub fn refuse(&mut self) {
         self.ring.counters().dropped.add(1);

@@ -4,6 +4,7 @@
 
 pub mod card;
 pub mod groups;
+pub mod multi;
 pub mod queue;
 
 use std::fs::File;
@@ -29,7 +30,7 @@ pub const PATIENCE: Duration = Duration::from_secs(5);
 /// Long enough for a frame that must not come.
 pub const MOMENT: Duration = Duration::from_millis(100);
 
-const MEMORY: usize = 64 << 20;
+pub const MEMORY: usize = 64 << 20;
 const RX_RING: u64 = 0;
 const TX_RING: u64 = 0x1_0000;
 const RX_BUFFERS: u64 = 0x10_0000;

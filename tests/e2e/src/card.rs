@@ -194,6 +194,19 @@ impl Card {
         self.create_nic(id, spec)
     }
 
+    /// The same with so many queue pairs.
+    pub fn nic_with_pairs(&self, id: &str, network: &str, n: u8, queue_pairs: u32) -> Device {
+        let (network, mac) = (network.to_owned(), mac(n).to_vec());
+        let spec = NetDeviceSpec { network, mac, queue_pairs, ..Default::default() };
+        self.create_nic(id, spec).expect("create network device")
+    }
+
+    /// Bytes that each receive queue of a network device has been given, by pair.
+    pub fn received_by_pair(&self, device: &str) -> Vec<u64> {
+        let queues = self.queue_stats(device);
+        queues.chunks_exact(2).map(|pair| pair[0].bytes_in).collect()
+    }
+
     /// The same in a network with a prefix, with this address in it.
     pub fn nic_with_address(&self, id: &str, network: &str, n: u8, address: &str) -> Device {
         let (network, mac) = (network.to_owned(), mac(n).to_vec());

@@ -73,10 +73,14 @@ impl Qemu {
                     };
                     let mac: Vec<_> = spec.mac.iter().map(|b| format!("{b:02x}")).collect();
                     let mac = mac.join(":");
-                    command.args(["-netdev", &format!("vhost-user,id=n{n},chardev=c{n}")]);
+                    let pairs = spec.queue_pairs.max(1);
+                    // Its own default number of vectors is too small.
+                    let multi =
+                        if pairs > 1 { format!(",mq=on,vectors={}", 2 * pairs + 2) } else { String::new() };
+                    command.args(["-netdev", &format!("vhost-user,id=n{n},chardev=c{n},queues={pairs}")]);
                     command.args([
                         "-device",
-                        &format!("virtio-net-pci,netdev=n{n},mac={mac},disable-legacy=on,rombar=0"),
+                        &format!("virtio-net-pci,netdev=n{n},mac={mac},disable-legacy=on,rombar=0{multi}"),
                     ]);
                 }
                 other => panic!("no QEMU device for virtio id {other}"),

@@ -24,14 +24,26 @@ fn qemu_drives_the_storage_card() {
 
 #[test]
 fn qemu_drives_the_network_card() {
+    exchange_with_qemu(1);
+}
+
+/// The control queue is QEMU's own, which enables the pairs.
+#[test]
+fn qemu_drives_several_queue_pairs_of_the_network_card() {
+    exchange_with_qemu(2);
+}
+
+fn exchange_with_qemu(pairs: u32) {
     enter_new_network_namespace();
     let dir = temp_dir();
     let card = Card::start("offload-net", dir.path());
     card.network("lan", "", "");
-    let (first, second) = (card.nic("a", "lan", 1), card.nic("b", "lan", 2));
+    let (first, second) = (card.nic_with_pairs("a", "lan", 1, pairs), card.nic("b", "lan", 2));
     let job = |own: u8, peer: u8| {
+        let queues = if own == 1 { pairs } else { 1 };
         format!(
-            "end=triple job=net-exchange ip=10.9.0.{own} peer=10.9.0.{peer} count=20000 size=1400 timeout=60"
+            "end=triple job=net-exchange ip=10.9.0.{own} peer=10.9.0.{peer} count=20000 size=1400 timeout=60 \
+             queues={queues} flows=64"
         )
     };
     // One VM of QEMU's and one of ours, in the same network.
@@ -41,6 +53,8 @@ fn qemu_drives_the_network_card() {
         let results = reports.finish(Duration::from_secs(120));
         assert_eq!((&results[0]["corrupt"], &results[0]["rx"]), (&0.into(), &20_000.into()), "{results:#?}");
     }
+    let received = card.received_by_pair("a");
+    assert!(received.len() == pairs as usize && received.iter().all(|n| *n > 1_000_000), "{received:?}");
 }
 
 #[test]

@@ -124,6 +124,47 @@ fn kill9_of_the_card_does_not_break_an_exchange() {
     }
 }
 
+/// Two VMs with two queue pairs each; the card is killed in between, and knows afterwards that both pairs are used.
+#[test]
+fn both_queue_pairs_carry_frames_also_after_a_kill9_of_the_card() {
+    enter_new_network_namespace();
+    let dir = temp_dir();
+    let mut card = Card::start("offload-net", dir.path());
+    card.network("lan", "", "");
+    let job = |own: u8, peer: u8| {
+        format!(
+            "job=net-exchange ip=10.9.0.{own} peer=10.9.0.{peer} count=100000 size=1400 queues=2 flows=64 mode=irq \
+             timeout=60"
+        )
+    };
+    let first = card.nic_with_pairs("a", "lan", 1, 2);
+    let second = card.nic_with_pairs("b", "lan", 2, 2);
+    let a = Vm::boot(dir.path(), config("a", &job(1, 2), vec![slot("nic0", &first)]));
+    let b = Vm::boot(dir.path(), config("b", &job(2, 1), vec![slot("nic0", &second)]));
+    for vm in [&a, &b] {
+        vm.reports.wait("io_begin", SOON);
+        let device = &vm.reports.all("device")[0];
+        assert_eq!((&device["queues"], &device["max_pairs"]), (&2.into(), &2.into()));
+    }
+    let both = |card: &Card| ["a", "b"].iter().all(|d| card.received_by_pair(d).iter().all(|n| *n > 100_000));
+    for n in 0..3 {
+        wait_until("frames in both receive queues of both VMs", SOON, || both(&card));
+        assert!(a.reports.all("io_end").is_empty(), "the exchange ended before kill {n}");
+        card.kill9();
+        card.restart();
+    }
+    wait_until("frames in both receive queues after the last kill", SOON, || both(&card));
+    for vm in [&a, &b] {
+        let results = vm.reports.finish(Duration::from_secs(180));
+        // A link that had gone down and up would have told the guest by an interrupt.
+        assert_eq!(
+            ["corrupt", "rx", "needs_reset", "config_irqs"].map(|k| results[0][k].clone()),
+            [0.into(), 100_000.into(), false.into(), 0.into()],
+            "{results:#?}"
+        );
+    }
+}
+
 #[test]
 fn networks_are_apart() {
     enter_new_network_namespace();

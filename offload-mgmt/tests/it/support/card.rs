@@ -135,7 +135,8 @@ impl Service {
 
     fn device(spec: &DeviceSpec) -> Device {
         let (virtio_device_id, queues, config_size) = match &spec.kind {
-            Some(Kind::Net(net)) => (1, net.queue_pairs * 2, 12),
+            // With several pairs there is a control queue.
+            Some(Kind::Net(net)) => (1, net.queue_pairs * 2 + u32::from(net.queue_pairs > 1), 12),
             Some(Kind::Block(block)) => (2, block.queues, 60),
             None => (0, 0, 0),
         };

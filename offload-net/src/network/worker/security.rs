@@ -2,7 +2,8 @@
 
 use std::sync::Arc;
 
-use super::{Port, Worker};
+use super::Worker;
+use super::port::Port;
 use crate::conntrack::flow::{Direction, Packet};
 use crate::conntrack::{self, Denied};
 use crate::drops::DropReason;

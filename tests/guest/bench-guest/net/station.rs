@@ -78,14 +78,15 @@ pub(super) struct Datagram<'a> {
 /// Sends for a job.
 pub(super) struct Outbox<'p, 'a> {
     port: &'p mut Port<'a>,
+    flows: usize,
     next: usize,
     peer: Option<Flow>,
     full: bool,
 }
 
 impl Outbox<'_, '_> {
-    /// Sends a datagram with a payload that `fill` writes; false if there is no room now. Pairs take turns; `apart`: each pair is a
-    /// flow of its own, with its own source port, as nothing keeps the order between pairs.
+    /// Sends a datagram with a payload that `fill` writes; false if there is no room now. Flows take turns, and have their pairs,
+    /// as nothing keeps the order between pairs; `apart`: each has a source port of its own.
     pub(super) fn send(
         &mut self,
         flow: &Flow,
@@ -95,9 +96,10 @@ impl Outbox<'_, '_> {
         fill: impl FnOnce(&mut [u8]),
     ) -> bool {
         let count = self.port.transmitters.len();
+        let flows = self.flows.max(count);
         for turn in 0..count {
-            let at = (self.next + turn) % count;
-            let transmitter = &mut self.port.transmitters[at];
+            let at = (self.next + turn) % flows;
+            let transmitter = &mut self.port.transmitters[at % count];
             let partial = transmitter.partial_checksums();
             let flow = Flow {
                 source_port: flow.source_port.wrapping_add(if apart { at as u16 } else { 0 }),
@@ -171,6 +173,7 @@ pub(super) struct Station<'a, T> {
     timeout: u64,
     timed_out: bool,
     full: bool,
+    flows: usize,
     next: usize,
 }
 
@@ -200,6 +203,7 @@ pub(super) fn station<'c, T: Talk + 'c>(
         timeout: context.clock.ticks(wanted.timeout_us),
         timed_out: false,
         full: false,
+        flows: usize::from(net.flows),
         next: 0,
     }))
 }
@@ -261,7 +265,8 @@ impl<T: Talk> Station<'_, T> {
             Received::Datagram { checksum_ok: false, .. } => self.counters.bad_checksum += 1,
             Received::Datagram { flow, protocol, payload, .. } if flow.target == self.ip => {
                 let peer = self.peer_flow();
-                let mut out = Outbox { port: &mut self.port, next: self.next, peer, full: false };
+                let mut out =
+                    Outbox { port: &mut self.port, flows: self.flows, next: self.next, peer, full: false };
                 let datagram = Datagram { flow, protocol, payload };
                 if !self.talk.receive(now, &datagram, &mut self.counters, &mut out) {
                     self.counters.other += 1;
@@ -315,7 +320,7 @@ impl<T: Talk> Job for Station<'_, T> {
         }
         self.ask(now);
         let peer = self.peer_flow();
-        let mut out = Outbox { port: &mut self.port, next: self.next, peer, full: false };
+        let mut out = Outbox { port: &mut self.port, flows: self.flows, next: self.next, peer, full: false };
         let sent = self.talk.transmit(now, &mut self.counters, &mut out);
         (self.full, self.next) = (out.full, out.next);
         for transmitter in &mut self.port.transmitters {

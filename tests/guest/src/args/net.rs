@@ -28,6 +28,8 @@ pub struct Net {
     pub peer_mac: Option<Mac>,
     /// Port the jobs use on both sides.
     pub port: u16,
+    /// Flows to send; there are at least as many as queue pairs.
+    pub flows: u16,
     /// Payload bytes per frame; `None`: the job's default.
     pub size: Option<u16>,
     /// Pattern.
@@ -61,6 +63,7 @@ impl Net {
             peer: words.ipv4("peer")?,
             peer_mac: words.mac("peer_mac")?,
             port: words.number("port", 9000, 1, 65535)? as u16,
+            flows: words.number("flows", 1, 1, 1024)? as u16,
             size: words.maybe("size", smallest, MAX_PAYLOAD)?.map(|size| size as u16),
             seed: words.number("seed", 1, 0, u64::MAX)?,
             depth: words.number("qd", 64, 1, u64::from(crate::ring::MAX_SIZE))? as u16,
