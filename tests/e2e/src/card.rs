@@ -8,8 +8,9 @@ use proto::v1::network_card_client::NetworkCardClient;
 use proto::v1::storage_card_client::StorageCardClient;
 use proto::v1::{
     BlockDeviceSpec, CreateDeviceRequest, CreateNetworkRequest, DeleteDeviceRequest, DeleteNetworkRequest,
-    Device, DeviceLimits, DeviceSpec, DeviceStats, GetCardStatsRequest, IdentifyRequest, NetDeviceSpec,
-    NetDrops, NetworkSpec, QueueStats, ResizeDeviceRequest, SetLimitsRequest, device_spec,
+    Device, DeviceLimits, DeviceSpec, DeviceStats, GetCardStatsRequest, IdentifyRequest, ListDevicesRequest,
+    NetDeviceSpec, NetDrops, NetworkSpec, QueueStats, ResizeDeviceRequest, SecurityGroupSpec,
+    SetLimitsRequest, SetSecurityGroupsRequest, device_spec,
 };
 use tokio::runtime::Runtime;
 use tonic::Status;
@@ -200,13 +201,34 @@ impl Card {
         self.create_nic(id, spec).expect("create network device")
     }
 
-    fn create_nic(&self, id: &str, spec: NetDeviceSpec) -> Result<Device, Status> {
+    /// A virtio-net device of any kind.
+    pub fn create_nic(&self, id: &str, spec: NetDeviceSpec) -> Result<Device, Status> {
         self.create(DeviceSpec {
             id: id.to_owned(),
             kind: Some(device_spec::Kind::Net(spec)),
             limits: None,
             net_limits: None,
         })
+    }
+
+    /// Makes security groups, or replaces them.
+    pub fn set_security_groups(&self, groups: Vec<SecurityGroupSpec>) {
+        let request = SetSecurityGroupsRequest { groups, validate_only: false };
+        let mut client = NetworkCardClient::new(self.channel.clone());
+        self.runtime.block_on(client.set_security_groups(request)).expect("set security groups");
+    }
+
+    /// A device as it is now.
+    ///
+    /// # Panics
+    /// There is none of this name.
+    pub fn device(&self, id: &str) -> Device {
+        let list = self
+            .runtime
+            .block_on(CardClient::new(self.channel.clone()).list_devices(ListDevicesRequest::default()));
+        let devices = list.expect("list of devices").into_inner().devices;
+        let named = |d: &Device| d.spec.as_ref().is_some_and(|spec| spec.id == id);
+        devices.into_iter().find(named).unwrap_or_else(|| panic!("no device {id}"))
     }
 
     /// Sets what a device may do per second.
@@ -264,4 +286,15 @@ impl Card {
 /// The MAC address that [`Card::nic`] gives.
 pub fn mac(n: u8) -> [u8; 6] {
     [0x02, 0, 0, 0, 0x0b, n]
+}
+
+/// A network device's MAC address, in text.
+///
+/// # Panics
+/// It is no network device.
+pub fn mac_of(device: &Device) -> String {
+    let spec = device.spec.as_ref().and_then(|s| s.kind.as_ref());
+    let Some(device_spec::Kind::Net(spec)) = spec else { panic!("no network device") };
+    let mac: Vec<_> = spec.mac.iter().map(|b| format!("{b:02x}")).collect();
+    mac.join(":")
 }

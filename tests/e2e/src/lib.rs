@@ -9,6 +9,7 @@ pub mod host;
 pub mod manager;
 pub mod process;
 pub mod qemu;
+pub mod testpmd;
 pub mod vm;
 
 use std::os::unix::fs::FileExt;

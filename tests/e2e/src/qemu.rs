@@ -6,6 +6,7 @@ use std::process::Command;
 
 use proto::v1::{Device, SlotConfig};
 
+use crate::card::mac_of;
 use crate::guest::Reports;
 use crate::process::Process;
 use crate::{SOON, binary, wait_until};
@@ -67,12 +68,7 @@ impl Qemu {
                         .args(["-device", &format!("vhost-user-blk-pci,chardev=c{n},num-queues={queues}")]);
                 }
                 1 => {
-                    let spec = device.spec.as_ref().and_then(|s| s.kind.as_ref());
-                    let Some(proto::v1::device_spec::Kind::Net(spec)) = spec else {
-                        panic!("no network device")
-                    };
-                    let mac: Vec<_> = spec.mac.iter().map(|b| format!("{b:02x}")).collect();
-                    let mac = mac.join(":");
+                    let mac = mac_of(device);
                     command.args(["-netdev", &format!("vhost-user,id=n{n},chardev=c{n}")]);
                     command.args([
                         "-device",
