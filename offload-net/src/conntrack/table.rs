@@ -12,7 +12,7 @@
 //! taken when the table is made.
 
 use std::collections::hash_map::RandomState;
-use std::hash::BuildHasher;
+use std::hash::{BuildHasher, Hasher};
 
 use super::flow::{Direction, Key};
 use super::slots::{Kept, Slots};
@@ -272,8 +272,19 @@ impl Table {
         }
     }
 
+    /// Of few words: it is most of what a packet of a known connection costs.
     fn hash(&self, key: &Key) -> u32 {
-        (self.hasher.hash_one(key) >> 32) as u32
+        let mut hasher = self.hasher.build_hasher();
+        let ports = u64::from(key.local_port) << 16 | u64::from(key.peer_port);
+        hasher.write_u64(u64::from(key.v6) << 40 | u64::from(key.protocol) << 32 | ports);
+        if key.v6 {
+            hasher.write_u128(key.local);
+            hasher.write_u128(key.peer);
+        } else {
+            // Addresses of 32 bits. If the file has others, they are found all the same.
+            hasher.write_u64((key.local as u64) << 32 | key.peer as u64 & 0xffff_ffff);
+        }
+        (hasher.finish() >> 32) as u32
     }
 
     fn mask(&self) -> usize {

@@ -212,10 +212,13 @@ impl RxQueue {
             Ok(buffers) => buffers,
             Err(room) => return room,
         };
-        let mut head: HeadBuf = [0; HEAD_MAX];
+        let mut head: HeadBuf;
         let mut frame = *frame;
         if !self.csum {
-            frame = complete_csum(frame, &mut head);
+            if frame.offloads.csum.is_some() {
+                head = [0; HEAD_MAX];
+                frame = complete_csum(frame, &mut head);
+            }
             frame.offloads.verified = false;
         }
         // At most BUFFERS_MAX.

@@ -117,7 +117,7 @@ fn disk(bench: &Bench, block: &Block) -> Disk {
 }
 
 fn one_guest(cmdline: String, disk: Option<Disk>) -> Setup {
-    let guest = GuestSetup { name: "guest".into(), memory_mib: MEMORY_MIB, cmdline, disk, nic: None };
+    let guest = GuestSetup { name: "guest".into(), memory_mib: MEMORY_MIB, cmdline, disk, nics: vec![] };
     Setup { guests: vec![guest], uplink: false, quick_start: false }
 }
 
@@ -238,7 +238,7 @@ fn scale(vmm: &mut impl Vmm, bench: &Bench, count: u16) -> anyhow::Result<Sample
         memory_mib: SMALL_MEMORY_MIB,
         cmdline: format!("{} {}", disk_job(&block), timing(bench)),
         disk: Some(disk(bench, &block)),
-        nic: None,
+        nics: vec![],
     });
     let setup = Setup { guests: guests.collect(), uplink: false, quick_start: false };
     let (booted, used) = run(vmm, bench, &setup)?;

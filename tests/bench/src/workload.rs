@@ -65,6 +65,8 @@ pub(crate) enum Traffic {
 pub(crate) enum Peer {
     /// A second guest.
     Guest,
+    /// A second interface of the same guest: then what is between them has a processor of its own.
+    Itself,
     /// The host, by a TAP.
     Host,
 }
@@ -125,6 +127,16 @@ impl GuestMode {
     }
 }
 
+impl Peer {
+    fn name(self) -> &'static str {
+        match self {
+            Self::Guest => "guest",
+            Self::Itself => "itself",
+            Self::Host => "host",
+        }
+    }
+}
+
 impl Traffic {
     fn name(self) -> &'static str {
         match self {
@@ -153,8 +165,7 @@ impl Workload {
                 guest.name()
             ),
             Self::Network { traffic, peer, guest } => {
-                let peer = if *peer == Peer::Guest { "guest" } else { "host" };
-                format!("network/{}/to-{peer}/{}", traffic.name(), guest.name())
+                format!("network/{}/to-{}/{}", traffic.name(), peer.name(), guest.name())
             }
             Self::Jitter { backing, rate, guest } => {
                 format!("jitter/{}/{rate}-per-s/{}", backing.name(), guest.name())
@@ -189,7 +200,7 @@ impl Workload {
             ],
             Self::Network { traffic, peer, guest } => vec![
                 ("traffic", traffic.name().into()),
-                ("peer", if *peer == Peer::Guest { "guest" } else { "host" }.into()),
+                ("peer", peer.name().into()),
                 ("guest", guest.name().into()),
             ],
             Self::Jitter { backing, rate, guest } => vec![
@@ -349,12 +360,14 @@ fn network(profile: Profile) -> Vec<Workload> {
     let cells = |peer, guest| {
         [Packets, Frames, Bulk, RoundTrip].map(|traffic| Workload::Network { traffic, peer, guest })
     };
+    let to_itself = |traffic| Workload::Network { traffic, peer: Peer::Itself, guest: GuestMode::Poll };
     match profile {
         Profile::Quick => {
             vec![Workload::Network { traffic: RoundTrip, peer: Peer::Guest, guest: GuestMode::Poll }]
         }
         Profile::Full => {
             let mut all = cells(Peer::Guest, GuestMode::Poll).to_vec();
+            all.extend([Packets, Frames].map(to_itself));
             all.extend(cells(Peer::Host, GuestMode::Poll));
             all.push(Workload::Network { traffic: RoundTrip, peer: Peer::Guest, guest: GuestMode::Irq });
             all
@@ -363,6 +376,7 @@ fn network(profile: Profile) -> Vec<Workload> {
             .into_iter()
             .flat_map(|peer| [GuestMode::Poll, GuestMode::Irq].map(|guest| (peer, guest)))
             .flat_map(|(peer, guest)| cells(peer, guest))
+            .chain([Packets, Frames].map(to_itself))
             .collect(),
     }
 }

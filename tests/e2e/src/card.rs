@@ -8,9 +8,9 @@ use proto::v1::network_card_client::NetworkCardClient;
 use proto::v1::storage_card_client::StorageCardClient;
 use proto::v1::{
     BlockDeviceSpec, CreateDeviceRequest, CreateNetworkRequest, DeleteDeviceRequest, DeleteNetworkRequest,
-    Device, DeviceLimits, DeviceSpec, DeviceStats, GetCardStatsRequest, IdentifyRequest, NetDeviceSpec,
-    NetDrops, NetworkSpec, QueueStats, ResizeDeviceRequest, SecurityGroupSpec, SetLimitsRequest,
-    SetSecurityGroupsRequest, device_spec,
+    Device, DeviceLimits, DeviceSpec, DeviceStats, GetCardStatsRequest, IdentifyRequest, ListDevicesRequest,
+    NetDeviceSpec, NetDrops, NetworkSpec, QueueStats, ResizeDeviceRequest, SecurityGroupSpec,
+    SetLimitsRequest, SetSecurityGroupsRequest, device_spec,
 };
 use tokio::runtime::Runtime;
 use tonic::Status;
@@ -231,6 +231,19 @@ impl Card {
         self.runtime.block_on(client.set_security_groups(request)).expect("set security groups");
     }
 
+    /// A device as it is now.
+    ///
+    /// # Panics
+    /// There is none of this name.
+    pub fn device(&self, id: &str) -> Device {
+        let list = self
+            .runtime
+            .block_on(CardClient::new(self.channel.clone()).list_devices(ListDevicesRequest::default()));
+        let devices = list.expect("list of devices").into_inner().devices;
+        let named = |d: &Device| d.spec.as_ref().is_some_and(|spec| spec.id == id);
+        devices.into_iter().find(named).unwrap_or_else(|| panic!("no device {id}"))
+    }
+
     /// Sets what a device may do per second.
     pub fn set_limits(&self, id: &str, limits: DeviceLimits) {
         let request = SetLimitsRequest { id: id.to_owned(), limits: Some(limits), net_limits: None };
@@ -286,4 +299,15 @@ impl Card {
 /// The MAC address that [`Card::nic`] gives.
 pub fn mac(n: u8) -> [u8; 6] {
     [0x02, 0, 0, 0, 0x0b, n]
+}
+
+/// A network device's MAC address, in text.
+///
+/// # Panics
+/// It is no network device.
+pub fn mac_of(device: &Device) -> String {
+    let spec = device.spec.as_ref().and_then(|s| s.kind.as_ref());
+    let Some(device_spec::Kind::Net(spec)) = spec else { panic!("no network device") };
+    let mac: Vec<_> = spec.mac.iter().map(|b| format!("{b:02x}")).collect();
+    mac.join(":")
 }

@@ -11,6 +11,7 @@ pub mod manager;
 pub mod process;
 pub mod qemu;
 pub mod station;
+pub mod testpmd;
 pub mod vm;
 
 use std::os::unix::fs::FileExt;

@@ -3,7 +3,7 @@
 use std::fs::File;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
-use std::process::{Child, ChildStdout, Command, ExitStatus, Stdio};
+use std::process::{Child, ChildStdin, ChildStdout, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
 use nix::sys::signal::{Signal, kill};
@@ -20,22 +20,31 @@ impl Process {
     /// Starts `command` with stdout and stderr appended to `log`.
     pub fn spawn(command: &mut Command, log: &Path) -> Self {
         let out = File::options().create(true).append(true).open(log).expect("log file");
-        command.stdout(out);
+        command.stdin(Stdio::null()).stdout(out);
         Self::start(command, log)
     }
 
     /// The same with its stdout in a pipe, to be read by the caller.
     pub fn spawn_piped(command: &mut Command, log: &Path) -> (Self, ChildStdout) {
-        command.stdout(Stdio::piped());
+        command.stdin(Stdio::null()).stdout(Stdio::piped());
         let mut process = Self::start(command, log);
         let stdout = process.child.stdout.take().expect("stdout");
         (process, stdout)
     }
 
+    /// The same with its stdin in a pipe, too.
+    pub fn spawn_talking(command: &mut Command, log: &Path) -> (Self, ChildStdin, ChildStdout) {
+        command.stdin(Stdio::piped()).stdout(Stdio::piped());
+        let mut process = Self::start(command, log);
+        let stdin = process.child.stdin.take().expect("stdin");
+        let stdout = process.child.stdout.take().expect("stdout");
+        (process, stdin, stdout)
+    }
+
     fn start(command: &mut Command, log: &Path) -> Self {
         let name = command.get_program().to_string_lossy().into_owned();
         let err = File::options().create(true).append(true).open(log).expect("log file");
-        command.stdin(Stdio::null()).stderr(err);
+        command.stderr(err);
         // SAFETY: prctl is async-signal-safe, and takes no memory of ours.
         unsafe {
             // Nothing may be left behind by a test that was killed itself.

@@ -6,6 +6,7 @@ use std::process::Command;
 
 use proto::v1::{Device, SlotConfig};
 
+use crate::card::mac_of;
 use crate::guest::Reports;
 use crate::process::Process;
 use crate::{SOON, binary, wait_until};
@@ -71,8 +72,7 @@ impl Qemu {
                     let Some(proto::v1::device_spec::Kind::Net(spec)) = spec else {
                         panic!("no network device")
                     };
-                    let mac: Vec<_> = spec.mac.iter().map(|b| format!("{b:02x}")).collect();
-                    let mac = mac.join(":");
+                    let mac = mac_of(device);
                     let pairs = spec.queue_pairs.max(1);
                     // Its own default number of vectors is too small.
                     let multi =

@@ -57,6 +57,38 @@ fn exchange_with_qemu(pairs: u32) {
     assert!(received.len() == pairs as usize && received.iter().all(|n| *n > 1_000_000), "{received:?}");
 }
 
+/// QEMU finds the card again by itself, a second after it has gone, and its guest loses nothing but time.
+#[test]
+fn qemu_survives_kill9_of_the_network_card() {
+    enter_new_network_namespace();
+    let dir = temp_dir();
+    let mut card = Card::start("offload-net", dir.path());
+    card.network("lan", "", "");
+    let (first, second) = (card.nic("a", "lan", 1), card.nic("b", "lan", 2));
+    let job = |own: u8, peer: u8| {
+        format!(
+            "end=triple job=net-exchange ip=10.9.0.{own} peer=10.9.0.{peer} count=100000 size=1400 mode=irq timeout=60"
+        )
+    };
+    let qemu = Qemu::boot(dir.path(), &job(1, 2), &[&first]);
+    let ours = Vm::boot(dir.path(), config("b", &job(2, 1), vec![e2e::vm::slot("nic0", &second)]));
+    qemu.reports.wait("io_begin", SOON);
+    for n in 0..3 {
+        wait_until("frames after the start", SOON, || card.requests("a") > 500);
+        assert!(qemu.reports.all("io_end").is_empty(), "the exchange ended before kill {n}");
+        card.kill9();
+        card.restart();
+    }
+    for reports in [&qemu.reports, &ours.reports] {
+        let results = reports.finish(Duration::from_secs(180));
+        assert_eq!(
+            (&results[0]["corrupt"], &results[0]["rx"], &results[0]["needs_reset"]),
+            (&0.into(), &100_000.into(), &false.into()),
+            "{results:#?}"
+        );
+    }
+}
+
 #[test]
 fn qemu_storage_daemon_serves_a_slot() {
     let dir = temp_dir();

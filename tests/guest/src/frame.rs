@@ -40,8 +40,10 @@ pub type Ipv4 = [u8; 4];
 pub enum Protocol {
     /// UDP.
     Udp,
-    /// TCP segments without a connection.
+    /// TCP segments, of which nobody waits for an acknowledgement.
     Tcp,
+    /// The TCP segment that opens a connection, which has no payload: for whoever on the way lets nothing else pass before it.
+    TcpSyn,
 }
 
 impl Protocol {
@@ -49,7 +51,7 @@ impl Protocol {
     const fn number(self) -> u8 {
         match self {
             Self::Udp => 17,
-            Self::Tcp => 6,
+            Self::Tcp | Self::TcpSyn => 6,
         }
     }
 
@@ -58,7 +60,7 @@ impl Protocol {
     pub const fn overhead(self) -> usize {
         match self {
             Self::Udp => UDP_OVERHEAD,
-            Self::Tcp => TCP_OVERHEAD,
+            Self::Tcp | Self::TcpSyn => TCP_OVERHEAD,
         }
     }
 
@@ -67,7 +69,7 @@ impl Protocol {
     pub const fn checksum_offset(self) -> usize {
         match self {
             Self::Udp => 6,
-            Self::Tcp => 16,
+            Self::Tcp | Self::TcpSyn => 16,
         }
     }
 }
@@ -273,10 +275,12 @@ pub fn datagram(out: &mut [u8], flow: &Flow, protocol: Protocol, payload: usize,
             body[4..6].copy_from_slice(&(body_len as u16).to_be_bytes());
             body[6..8].fill(0);
         }
-        Protocol::Tcp => {
+        Protocol::Tcp | Protocol::TcpSyn => {
             body[4..12].fill(0);
-            // Header length 5 words; ACK, PSH; a window.
-            body[12..20].copy_from_slice(&[0x50, 0x18, 0xff, 0xff, 0, 0, 0, 0]);
+            // SYN, or ACK and PSH.
+            let flags = if protocol == Protocol::TcpSyn { 0x02 } else { 0x18 };
+            // Header length 5 words; a window.
+            body[12..20].copy_from_slice(&[0x50, flags, 0xff, 0xff, 0, 0, 0, 0]);
         }
     }
     let pseudo = pseudo_header(flow.source, flow.target, protocol.number(), body_len);
@@ -390,6 +394,20 @@ mod tests {
         assert_eq!(frame[34], 0);
         assert_eq!(fold(sum(&frame[14..34], 0)), 0xffff);
         assert_eq!(fold(sum(&frame[34..], 0)), 0xffff);
+    }
+
+    #[test]
+    fn a_connection_is_opened_by_a_syn_without_payload() {
+        let mut frame = vec![0u8; TCP_OVERHEAD];
+        assert_eq!(datagram(&mut frame, &flow(), Protocol::TcpSyn, 0, false), TCP_OVERHEAD);
+        // The control bits (RFC 9293 section 3.1).
+        assert_eq!(frame[L4_OFFSET + 13], 2);
+        let Received::Datagram { protocol: Protocol::Tcp, payload, checksum_ok: true, .. } =
+            parse(&frame, false)
+        else {
+            panic!("{frame:?}")
+        };
+        assert!(payload.is_empty());
     }
 
     proptest! {

@@ -128,7 +128,8 @@ impl Worker {
         let Some(queue) = tx_of(&mut self.ports, id, pair) else { return false };
         let allowed = queue.allowed;
         let mut chain = std::mem::take(&mut queue.chain);
-        let mut buf: TxHead = [0; LEN + HEAD_MAX];
+        // Made when there is a frame: most looks at a queue find none.
+        let mut buf: Option<TxHead> = None;
         let mut heads = 0;
         let mut held_back = false;
         while !budget.is_spent() {
@@ -151,7 +152,8 @@ impl Worker {
                     break;
                 }
             }
-            let parsed = tx::parse(&chain, &mut buf, allowed, self.mtu);
+            let buf = buf.get_or_insert_with(|| [0; LEN + HEAD_MAX]);
+            let parsed = tx::parse(&chain, buf, allowed, self.mtu);
             if let Some(port) = self.ports.get_mut(id.0).and_then(Option::as_mut) {
                 if let Ok(frame) = &parsed {
                     port.capture(frame, Direction::Outbound);

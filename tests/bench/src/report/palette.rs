@@ -8,12 +8,13 @@ use std::fmt::Write;
 use crate::results::Results;
 
 /// Name, colour on white, colour on black, dashes of its lines.
-const KNOWN: [(&str, &str, &str, &str); 13] = [
+const KNOWN: [(&str, &str, &str, &str); 15] = [
     ("card-poll", "#0b5fa5", "#64b1f5", "none"),
     ("card", "#0b5fa5", "#64b1f5", "none"),
     ("card-adaptive", "#3a97dd", "#3f8fd4", "6 3"),
     ("card-irq", "#82bdea", "#a9d4f9", "2 2"),
     ("card-qcow2", "#3a97dd", "#3f8fd4", "2 2"),
+    ("card-groups", "#14488a", "#8fb4e8", "6 3"),
     ("thread", "#00735a", "#2fbf95", "none"),
     ("inline", "#55b897", "#8fe0c3", "6 3"),
     ("qemu", "#b8470b", "#f0803c", "none"),
@@ -21,6 +22,7 @@ const KNOWN: [(&str, &str, &str, &str); 13] = [
     ("qemu-card", "#75389c", "#b884db", "none"),
     ("outboard-qsd", "#b184cc", "#d9b8ec", "6 3"),
     ("qemu-qsd", "#c99700", "#f2c14e", "none"),
+    ("testpmd", "#8a6d00", "#d8b93a", "2 2"),
     ("host", "#636a73", "#a2a9b3", "none"),
 ];
 

@@ -22,7 +22,7 @@ use crate::workload::{Backing, Block, Profile, Suite, Workload, workloads};
 const REFERENCE: &str = "thread";
 
 /// Systems made of nothing but our own programs.
-const OURS: [&str; 6] = ["card", "card-poll", "card-irq", "card-qcow2", "thread", "inline"];
+const OURS: [&str; 7] = ["card", "card-poll", "card-irq", "card-qcow2", "card-groups", "thread", "inline"];
 
 /// The options of `offload-bench quick` and `full`.
 #[derive(Debug, Args)]

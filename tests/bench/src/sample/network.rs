@@ -42,26 +42,32 @@ pub(super) fn sample(
     let offload = if bulk { "offload=csum,tso rxbuf=65536" } else { "" };
     let common = format!("mode={mode} size={size} wait=serial {offload}");
     let protocol = if bulk { "proto=tcp" } else { "" };
-    let (to, one_by_one) = match (peer, traffic) {
-        (Peer::Guest, Traffic::RoundTrip) => (format!("peer={RECEIVER_IP}"), true),
-        (Peer::Host, Traffic::RoundTrip) => (format!("peer={HOST_IP}"), true),
-        (Peer::Guest, _) => (format!("peer={RECEIVER_IP}"), false),
-        (Peer::Host, _) => (NOBODY.to_owned(), false),
+    let to = match (peer, traffic) {
+        (Peer::Guest | Peer::Itself, _) => format!("peer={RECEIVER_IP}"),
+        (Peer::Host, Traffic::RoundTrip) => format!("peer={HOST_IP}"),
+        (Peer::Host, _) => NOBODY.to_owned(),
     };
+    let one_by_one = traffic == Traffic::RoundTrip;
     let job = if one_by_one { "net-pingpong" } else { "net-send" };
-    let sender = format!("end=halt job={job} ip={SENDER_IP} {to} {common} {protocol} {}", timing(bench));
-    let mut guests = vec![networked("sender", sender, 2)];
-    if peer == Peer::Guest {
-        let receiver = if one_by_one {
-            // It begins with the sender and ends after it.
-            let longer = bench.warmup + bench.measure + 1.0;
-            format!("end=halt job=net-echo ip={RECEIVER_IP} mode={mode} wait=serial secs={longer}")
-        } else {
-            // Its time runs from the first frame on.
-            format!("end=halt job=net-recv ip={RECEIVER_IP} {common} min=1 {}", timing(bench))
-        };
-        guests.push(networked("receiver", receiver, 3));
-    }
+    let sender = format!("job={job} ip={SENDER_IP} {to} {common} {protocol} {}", timing(bench));
+    let receiver = if one_by_one {
+        // It begins with the sender and ends after it.
+        let longer = bench.warmup + bench.measure + 1.0;
+        format!("net-echo ip={RECEIVER_IP} mode={mode} wait=serial secs={longer}")
+    } else {
+        // Its time runs from the first frame on.
+        format!("net-recv ip={RECEIVER_IP} {common} min=1 {}", timing(bench))
+    };
+    let guests = match peer {
+        Peer::Guest => vec![
+            networked("sender", format!("end=halt {sender}"), &[2]),
+            networked("receiver", format!("end=halt job={receiver}"), &[3]),
+        ],
+        Peer::Itself => {
+            vec![networked("guest", format!("end=halt {sender} dev=0 also={receiver} dev=1"), &[2, 3])]
+        }
+        Peer::Host => vec![networked("sender", format!("end=halt {sender}"), &[2])],
+    };
     let setup = Setup { guests, uplink: peer == Peer::Host, quick_start: false };
     let booted = vmm.boot(bench, &setup)?;
     let _echo = (one_by_one && peer == Peer::Host).then(HostPeer::start).transpose()?;
@@ -70,6 +76,9 @@ pub(super) fn sample(
     let sent = booted.guests[0].result(bench.patience())?;
     let counted = match (peer, one_by_one) {
         (Peer::Guest, false) => booted.guests.last().context("no guest")?.result(bench.patience())?,
+        (Peer::Itself, false) => {
+            booted.guests[0].results().pop().context("the guest did not report what it received")?
+        }
         _ => sent,
     };
     let mut sample = of_job(&counted)?;
@@ -79,7 +88,8 @@ pub(super) fn sample(
         sample.values.insert(Metric::BytesPerS, used.frame_bytes / used.seconds);
     }
     add_used(&mut sample, &used, std::slice::from_ref(&counted))?;
-    if let (Some(card), Some(before), Peer::Guest) = (booted.network.as_deref(), before, peer) {
+    if let (Some(card), Some(before), Peer::Guest | Peer::Itself) = (booted.network.as_deref(), before, peer)
+    {
         let after = copies(card);
         let delivered = after.delivered.saturating_sub(before.delivered);
         let copied = after.copied.saturating_sub(before.copied);
@@ -107,6 +117,6 @@ fn copies(card: &e2e::card::Card) -> Copies {
     }
 }
 
-fn networked(name: &str, cmdline: String, nic: u8) -> GuestSetup {
-    GuestSetup { name: name.into(), memory_mib: MEMORY_MIB, cmdline, disk: None, nic: Some(nic) }
+fn networked(name: &str, cmdline: String, nics: &[u8]) -> GuestSetup {
+    GuestSetup { name: name.into(), memory_mib: MEMORY_MIB, cmdline, disk: None, nics: nics.into() }
 }

@@ -1,5 +1,7 @@
 //! Outboard as it is: the hypervisor in one process, its devices in cards.
 
+mod network;
+
 use std::path::PathBuf;
 use std::process::Command;
 use std::rc::Rc;
@@ -13,6 +15,7 @@ use crate::probe::place_process;
 use crate::results;
 use crate::vm::Guest;
 use crate::workload::{Backing, Block, Workload};
+use network::Network;
 
 /// When a card's threads poll.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -45,11 +48,20 @@ impl Poll {
     }
 }
 
+/// What a system is there to show beside those that differ in [`Poll`] only.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Variant {
+    Plain,
+    /// Disks are in qcow2 files.
+    Qcow2,
+    /// Network devices have security groups.
+    Groups,
+}
+
 /// Hypervisor and cards.
 pub(crate) struct Card {
     poll: Poll,
-    /// Disks are in qcow2 files.
-    qcow2: bool,
+    variant: Variant,
     cards: Option<Cards>,
 }
 
@@ -59,6 +71,7 @@ pub(crate) struct Cards {
     directory: PathBuf,
     poll: Poll,
     format: ImageFormat,
+    groups: bool,
     storage: Option<Process>,
     network: Option<Process>,
 }
@@ -72,7 +85,7 @@ impl Cards {
     /// Cards that keep what they have below a directory of this name.
     pub(crate) fn new(bench: &Bench, name: &str, poll: Poll) -> Self {
         let directory = bench.dir.path().join(name);
-        Self { directory, poll, format: ImageFormat::Raw, storage: None, network: None }
+        Self { directory, poll, format: ImageFormat::Raw, groups: false, storage: None, network: None }
     }
 
     /// Makes the devices of `setup`, in the order of its guests; each guard removes its device.
@@ -83,11 +96,11 @@ impl Cards {
             let pid = card.process().pid();
             Process { card: Rc::new(card), pid }
         };
-        let network = if setup.guests.iter().any(|guest| guest.nic.is_some()) {
+        let network = if setup.guests.iter().any(|guest| !guest.nics.is_empty()) {
             let process =
                 self.network.get_or_insert_with(|| start("offload-net", &["--poll", poll.option()]));
             place_process(process.pid, setup.backend_cpu(bench));
-            Some(Network::new(&process.card, setup.uplink)?)
+            Some(Network::new(&process.card, setup.uplink, self.groups)?)
         } else {
             None
         };
@@ -100,8 +113,10 @@ impl Cards {
                 let id = format!("{}-disk", guest.name);
                 devices.push(Plugged::disk(&process.card, &id, disk, poll, format)?);
             }
-            if let (Some(last), Some(network)) = (guest.nic, &network) {
-                devices.push(Plugged::nic(&format!("{}-nic", guest.name), network, last)?);
+            if let Some(network) = &network {
+                for &last in &guest.nics {
+                    devices.push(Plugged::nic(&format!("{}-nic{last}", guest.name), network, last)?);
+                }
             }
             all.push(devices);
         }
@@ -116,31 +131,6 @@ impl Cards {
     /// Those that run.
     pub(crate) fn pids(&self) -> Vec<u32> {
         [&self.storage, &self.network].into_iter().flatten().map(|process| process.pid).collect()
-    }
-}
-
-/// A network of a card, removed when its last device is gone.
-struct Network {
-    card: Rc<e2e::card::Card>,
-}
-
-const NETWORK: &str = "bench";
-
-impl Network {
-    fn new(card: &Rc<e2e::card::Card>, uplink: bool) -> anyhow::Result<Rc<Self>> {
-        let (tap, address) =
-            if uplink { (super::qemu::TAP, format!("{}/24", super::HOST_IP)) } else { ("", String::new()) };
-        card.try_network(NETWORK, tap, &address)
-            .map_err(|e| anyhow!("creating a network: {}", e.message()))?;
-        Ok(Rc::new(Self { card: card.clone() }))
-    }
-}
-
-impl Drop for Network {
-    fn drop(&mut self) {
-        if let Err(e) = self.card.delete_network(NETWORK) {
-            eprintln!("offload-bench: removing network {NETWORK}: {}", e.message());
-        }
     }
 }
 
@@ -181,7 +171,7 @@ impl Plugged {
     fn nic(id: &str, network: &Rc<Network>, last: u8) -> anyhow::Result<Self> {
         let card = &network.card;
         let device = card
-            .try_nic(id, NETWORK, last)
+            .create_nic(id, network.nic(last))
             .map_err(|e| anyhow!("creating network device {id}: {}", e.message()))?;
         Ok(Self { card: card.clone(), id: id.to_owned(), _network: Some(network.clone()), device })
     }
@@ -217,31 +207,43 @@ pub(crate) fn slot(device: &Device) -> String {
 
 impl Card {
     pub(crate) fn new(poll: Poll) -> Self {
-        Self { poll, qcow2: false, cards: None }
+        Self { poll, variant: Variant::Plain, cards: None }
     }
 
     /// With the test file's content in a qcow2 file without a backing file, all of it allocated.
     pub(crate) fn qcow2() -> Self {
-        Self { poll: Poll::Always, qcow2: true, cards: None }
+        Self { poll: Poll::Always, variant: Variant::Qcow2, cards: None }
+    }
+
+    /// With security groups, whose rules allow all that the guests send: every packet is one of a tracked connection, at its
+    /// sender and at its receiver.
+    pub(crate) fn with_groups() -> Self {
+        Self { poll: Poll::Adaptive, variant: Variant::Groups, cards: None }
     }
 
     fn name(&self) -> &'static str {
-        match self.poll {
-            _ if self.qcow2 => "card-qcow2",
-            Poll::Adaptive => "card",
-            Poll::Always => "card-poll",
-            Poll::Never => "card-irq",
+        match (self.variant, self.poll) {
+            (Variant::Qcow2, _) => "card-qcow2",
+            (Variant::Groups, _) => "card-groups",
+            (Variant::Plain, Poll::Adaptive) => "card",
+            (Variant::Plain, Poll::Always) => "card-poll",
+            (Variant::Plain, Poll::Never) => "card-irq",
         }
     }
 }
 
 impl Vmm for Card {
     fn about(&self) -> results::System {
-        let how = match self.poll {
-            _ if self.qcow2 => "cards poll all the time, and the disk is a qcow2 file with the same content",
-            Poll::Adaptive => "cards poll while it pays (their default)",
-            Poll::Always => "cards poll all the time",
-            Poll::Never => "cards sleep until they are kicked",
+        let how = match (self.variant, self.poll) {
+            (Variant::Qcow2, _) => {
+                "cards poll all the time, and the disk is a qcow2 file with the same content"
+            }
+            (Variant::Groups, _) => {
+                "cards poll while it pays, and the guests have security groups and tracked connections"
+            }
+            (Variant::Plain, Poll::Adaptive) => "cards poll while it pays (their default)",
+            (Variant::Plain, Poll::Always) => "cards poll all the time",
+            (Variant::Plain, Poll::Never) => "cards sleep until they are kicked",
         };
         results::System {
             name: self.name().into(),
@@ -251,20 +253,27 @@ impl Vmm for Card {
     }
 
     fn can_run(&self, workload: &Workload) -> Result<(), String> {
-        match workload {
-            _ if !self.qcow2 => Ok(()),
-            Workload::Block(Block { backing: Backing::Buffered, block_bytes: 4096, .. }) => {
+        match (self.variant, workload) {
+            (Variant::Plain, _) | (Variant::Groups, Workload::Network { .. }) => Ok(()),
+            (Variant::Groups, _) => Err("it is there to show what security groups cost in a network".into()),
+            (
+                Variant::Qcow2,
+                Workload::Block(Block { backing: Backing::Buffered, block_bytes: 4096, .. }),
+            ) => {
                 super::needed("qemu-img", super::version("qemu-img").as_ref(), "Debian's package qemu-utils")
             }
-            _ => Err("it is there to compare qcow2 with raw in the page cache, requests of 4 KiB".into()),
+            (Variant::Qcow2, _) => {
+                Err("it is there to compare qcow2 with raw in the page cache, requests of 4 KiB".into())
+            }
         }
     }
 
     fn boot(&mut self, bench: &Bench, setup: &Setup) -> anyhow::Result<Booted> {
         let (name, poll) = (self.name(), self.poll);
         let cards = self.cards.get_or_insert_with(|| Cards::new(bench, name, poll));
+        cards.groups = self.variant == Variant::Groups;
         let mut setup = setup.clone();
-        if self.qcow2 {
+        if self.variant == Variant::Qcow2 {
             cards.format = ImageFormat::Qcow2;
             for disk in setup.guests.iter_mut().filter_map(|guest| guest.disk.as_mut()) {
                 disk.path = bench.qcow2()?;

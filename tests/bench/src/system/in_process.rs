@@ -9,7 +9,7 @@ use super::{Booted, Setup, Vmm, mac};
 use crate::bench::Bench;
 use crate::results;
 use crate::vm::Guest;
-use crate::workload::{Backing, Workload};
+use crate::workload::{Backing, Peer, Workload};
 
 /// Which thread does the I/O.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -74,6 +74,9 @@ impl Vmm for InProcess {
             (Host::Inline, Workload::Network { .. }) => {
                 Err("a network is one thread for all its devices, which no vCPU can be".into())
             }
+            (Host::Thread, Workload::Network { peer: Peer::Itself, .. }) => {
+                Err("this VMM gives its guest one network interface".into())
+            }
             _ => Ok(()),
         }
     }
@@ -97,7 +100,9 @@ impl Vmm for InProcess {
                 };
                 command.args(["--disk", &spec, "--queues", &disk.queues.to_string()]);
             }
-            if let (Some(last), Some(tap)) = (guest.nic, network.as_ref().and_then(|net| net.taps.get(n))) {
+            if let (Some(last), Some(tap)) =
+                (guest.nics.first(), network.as_ref().and_then(|net| net.taps.get(n)))
+            {
                 command.args(["--tap", tap, "--mac", &mac(last)]);
             }
             command.arg("--").arg("--kernel").arg(e2e::binary("bench-guest"));

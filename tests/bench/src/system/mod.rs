@@ -6,6 +6,7 @@ mod fio;
 mod firecracker;
 pub(crate) mod in_process;
 pub(crate) mod qemu;
+mod testpmd;
 
 use std::any::Any;
 use std::path::PathBuf;
@@ -85,8 +86,8 @@ pub(crate) struct GuestSetup {
     pub(crate) memory_mib: u32,
     pub(crate) cmdline: String,
     pub(crate) disk: Option<Disk>,
-    /// It has a network interface, whose MAC address ends with this.
-    pub(crate) nic: Option<u8>,
+    /// Its network interfaces, by what their MAC addresses end with.
+    pub(crate) nics: Vec<u8>,
 }
 
 /// A guest's disk.
@@ -122,12 +123,14 @@ pub(crate) fn all() -> Vec<Box<dyn System>> {
         crate::sample::on(Card::new(Poll::Always)),
         crate::sample::on(Card::new(Poll::Never)),
         crate::sample::on(Card::qcow2()),
+        crate::sample::on(Card::with_groups()),
         crate::sample::on(in_process::InProcess::thread()),
         crate::sample::on(in_process::InProcess::inline()),
         crate::sample::on(qemu::Qemu::in_process()),
         crate::sample::on(qemu::Qemu::with_card()),
         crate::sample::on(qemu::Qemu::with_daemon()),
         crate::sample::on(qemu::StorageDaemon::new()),
+        crate::sample::on(testpmd::Testpmd::new()),
         crate::sample::on(firecracker::Firecracker::new()),
         crate::sample::on(cloud_hypervisor::CloudHypervisor::new()),
         Box::new(fio::Fio::new()),

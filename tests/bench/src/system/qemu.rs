@@ -89,13 +89,13 @@ impl Vmm for Qemu {
             }
             Devices::StorageDaemon => (Vec::new(), None),
         };
+        let mut taps = own_network.iter().flat_map(|net| &net.taps);
         for (n, guest) in setup.guests.iter().enumerate() {
             let microvm = setup.quick_start && self.devices == Devices::Own;
             let mut command = qemu(guest, microvm);
             match self.devices {
                 Devices::Own => {
-                    let tap = own_network.as_ref().and_then(|net| net.taps.get(n));
-                    own_devices(&mut command, guest, tap, microvm)?;
+                    own_devices(&mut command, guest, &mut taps, microvm)?;
                 }
                 Devices::Cards => {
                     for (m, plugged) in devices[n].iter().enumerate() {
@@ -141,10 +141,10 @@ fn qemu(guest: &GuestSetup, microvm: bool) -> Command {
 }
 
 /// The best that QEMU 7.2 has for each.
-fn own_devices(
+fn own_devices<'a>(
     command: &mut Command,
     guest: &GuestSetup,
-    tap: Option<&String>,
+    taps: &mut impl Iterator<Item = &'a String>,
     microvm: bool,
 ) -> anyhow::Result<()> {
     if microvm {
@@ -156,11 +156,11 @@ fn own_devices(
         command.args(["-object", "iothread,id=io0", "-blockdev", &blockdev(disk)?]);
         command.args(["-device", &format!("{device},drive=disk,iothread=io0,num-queues={}", disk.queues)]);
     }
-    if let (Some(last), Some(tap)) = (guest.nic, tap) {
-        command.args(["-netdev", &format!("tap,id=n0,ifname={tap},script=no,downscript=no,vhost=off")]);
+    for (n, (&last, tap)) in guest.nics.iter().zip(taps).enumerate() {
+        command.args(["-netdev", &format!("tap,id=n{n},ifname={tap},script=no,downscript=no,vhost=off")]);
         command.args([
             "-device",
-            &format!("virtio-net-pci,netdev=n0,mac={},disable-legacy=on,rombar=0", mac(last)),
+            &format!("virtio-net-pci,netdev=n{n},mac={},disable-legacy=on,rombar=0", mac(last)),
         ]);
     }
     Ok(())
@@ -212,7 +212,7 @@ pub(crate) struct OwnNetwork {
 
 impl OwnNetwork {
     pub(crate) fn make(setup: &Setup) -> anyhow::Result<Option<Self>> {
-        let count = setup.guests.iter().filter(|guest| guest.nic.is_some()).count();
+        let count = setup.guests.iter().map(|guest| guest.nics.len()).sum();
         if count == 0 {
             return Ok(None);
         }

@@ -87,6 +87,8 @@ impl Talk for Echo {
 struct Send {
     count: u64,
     sent: u64,
+    /// With TCP: its connections have been opened, one for each pair of queues.
+    opened: bool,
     size: usize,
     seed: u64,
     protocol: Protocol,
@@ -109,6 +111,7 @@ pub(crate) fn send<'c>(
     let talk = Send {
         count: args.count,
         sent: 0,
+        opened: args.protocol != Protocol::Tcp,
         size,
         seed: net.seed,
         protocol: args.protocol,
@@ -138,6 +141,10 @@ impl Talk for Send {
 
     fn transmit(&mut self, now: u64, counters: &mut Counters, out: &mut Outbox<'_, '_>) -> bool {
         let Some(flow) = out.peer() else { return false };
+        if !self.opened {
+            // Nothing else has been sent: there is room, and each pair has its turn.
+            self.opened = (0..out.pairs()).all(|_| out.send(&flow, true, Protocol::TcpSyn, 0, |_| ()));
+        }
         // The time counts from the first frame, not from the search for the peer.
         let allowed = counters.span.start(now).checked_div(self.interval).map_or(u64::MAX, |due| due + 1);
         let mut any = false;

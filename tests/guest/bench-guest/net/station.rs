@@ -117,6 +117,11 @@ impl Outbox<'_, '_> {
         false
     }
 
+    /// Pairs of queues.
+    pub(super) fn pairs(&self) -> usize {
+        self.port.transmitters.len()
+    }
+
     /// The way to the peer, once it is known.
     pub(super) fn peer(&self) -> Option<Flow> {
         self.peer
