@@ -368,13 +368,13 @@ impl Flood {
         let victim = boot(&victim, &jobs(11, 12));
         let friend = boot(&friend, &jobs(12, 11));
         let job = format!(
-            "job=net-send ip=10.9.0.14 peer=10.9.0.{receiver} port=20000 ports=500 count=500 rate=5000 mode=irq wait=serial"
+            "job=net-send ip=10.9.0.14 peer=10.9.0.{receiver} port=20000 flows=500 count=500 rate=5000 mode=irq wait=serial"
         );
         let newcomer = boot(&newcomer, &job);
         for vm in [&victim, &friend, &newcomer] {
             vm.reports.wait("waiting", SOON);
         }
-        let job = "job=net-send ip=10.9.0.13 peer=10.9.0.11 port=10000 ports=50000 size=64 rate=20000 secs=600 mode=irq";
+        let job = "job=net-send ip=10.9.0.13 peer=10.9.0.11 port=10000 flows=50000 size=64 rate=20000 secs=600 mode=irq";
         let flooder = boot(&flooder, job);
         Self { bench, victim, friend, newcomer, _flooder: flooder, target }
     }

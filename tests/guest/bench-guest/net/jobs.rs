@@ -87,12 +87,11 @@ impl Talk for Echo {
 struct Send {
     count: u64,
     sent: u64,
-    /// With TCP: its connections have been opened, one for each pair of queues.
-    opened: bool,
+    /// With TCP: connections that have been opened, one for each flow.
+    opened: usize,
     size: usize,
     seed: u64,
     protocol: Protocol,
-    ports: u64,
     /// Ticks between frames; 0: none.
     interval: u64,
     /// Of the measurement; 0: any.
@@ -111,11 +110,10 @@ pub(crate) fn send<'c>(
     let talk = Send {
         count: args.count,
         sent: 0,
-        opened: args.protocol != Protocol::Tcp,
+        opened: if args.protocol == Protocol::Tcp { 0 } else { usize::MAX },
         size,
         seed: net.seed,
         protocol: args.protocol,
-        ports: args.ports,
         interval: (context.clock.khz() * 1000).checked_div(args.rate).unwrap_or(0),
         ticks: context.clock.ticks(args.micros),
     };
@@ -141,9 +139,11 @@ impl Talk for Send {
 
     fn transmit(&mut self, now: u64, counters: &mut Counters, out: &mut Outbox<'_, '_>) -> bool {
         let Some(flow) = out.peer() else { return false };
-        if !self.opened {
-            // Nothing else has been sent: there is room, and each pair has its turn.
-            self.opened = (0..out.pairs()).all(|_| out.send(&flow, true, Protocol::TcpSyn, 0, |_| ()));
+        while self.opened < out.flows() {
+            if !out.send(&flow, true, Protocol::TcpSyn, 0, |_| ()) {
+                return false;
+            }
+            self.opened += 1;
         }
         // The time counts from the first frame, not from the search for the peer.
         let allowed = counters.span.start(now).checked_div(self.interval).map_or(u64::MAX, |due| due + 1);
@@ -154,8 +154,6 @@ impl Talk for Send {
             }
             let header = Header { kind: Kind::Data, finished: false, sequence: self.sent, acknowledged: 0 };
             let seed = self.seed;
-            let source_port = flow.source_port.wrapping_add((self.sent % self.ports) as u16);
-            let flow = Flow { source_port, ..flow };
             if !out.send(&flow, true, self.protocol, self.size, |room| header.write(seed, room)) {
                 break;
             }

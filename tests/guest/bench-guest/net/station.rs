@@ -96,7 +96,7 @@ impl Outbox<'_, '_> {
         fill: impl FnOnce(&mut [u8]),
     ) -> bool {
         let count = self.port.transmitters.len();
-        let flows = self.flows.max(count);
+        let flows = self.flows();
         for turn in 0..count {
             let at = (self.next + turn) % flows;
             let transmitter = &mut self.port.transmitters[at % count];
@@ -117,9 +117,9 @@ impl Outbox<'_, '_> {
         false
     }
 
-    /// Pairs of queues.
-    pub(super) fn pairs(&self) -> usize {
-        self.port.transmitters.len()
+    /// Flows that take turns.
+    pub(super) fn flows(&self) -> usize {
+        self.flows.max(self.port.transmitters.len())
     }
 
     /// The way to the peer, once it is known.
@@ -208,7 +208,7 @@ pub(super) fn station<'c, T: Talk + 'c>(
         timeout: context.clock.ticks(wanted.timeout_us),
         timed_out: false,
         full: false,
-        flows: usize::from(net.flows),
+        flows: net.flows as usize,
         next: 0,
     }))
 }

@@ -29,7 +29,7 @@ pub struct Net {
     /// Port the jobs use on both sides.
     pub port: u16,
     /// Flows to send; there are at least as many as queue pairs.
-    pub flows: u16,
+    pub flows: u32,
     /// Payload bytes per frame; `None`: the job's default.
     pub size: Option<u16>,
     /// Pattern.
@@ -63,7 +63,7 @@ impl Net {
             peer: words.ipv4("peer")?,
             peer_mac: words.mac("peer_mac")?,
             port: words.number("port", 9000, 1, 65535)? as u16,
-            flows: words.number("flows", 1, 1, 1024)? as u16,
+            flows: words.number("flows", 1, 1, 1 << 16)? as u32,
             size: words.maybe("size", smallest, MAX_PAYLOAD)?.map(|size| size as u16),
             seed: words.number("seed", 1, 0, u64::MAX)?,
             depth: words.number("qd", 64, 1, u64::from(crate::ring::MAX_SIZE))? as u16,
@@ -109,8 +109,6 @@ pub struct Send {
     pub rate: u64,
     /// UDP or TCP.
     pub protocol: Protocol,
-    /// Source ports, from the job's own on, that the frames have in turn.
-    pub ports: u64,
 }
 
 impl Send {
@@ -124,7 +122,6 @@ impl Send {
             micros,
             rate: words.number("rate", 0, 0, 1 << 40)?,
             protocol: words.choice("proto", &protocols, Protocol::Udp)?,
-            ports: words.number("ports", 1, 1, 1 << 16)?,
         })
     }
 }
