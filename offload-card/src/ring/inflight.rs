@@ -291,7 +291,7 @@ mod tests {
         for size in [1, 2, 4, 256] {
             let (area, file) = InflightArea::create(2, size).unwrap();
             let mut queue = area.queue(1, size).unwrap();
-            assert_eq!(queue.recover(0), vec![]);
+            assert!(queue.recover(0).is_empty());
             queue.take(size - 1);
             queue.set_note(u64::MAX);
             let length = area.size();

@@ -38,6 +38,11 @@ fn allowed(features: u64) -> Allowed {
 /// Room for the vnet header and the head of a frame.
 pub type TxHead = [u8; LEN + HEAD_MAX];
 
+/// That room, empty.
+pub fn empty_head() -> TxHead {
+    [0; LEN + HEAD_MAX]
+}
+
 impl TxQueue {
     /// Takes over a ring. It is looked at in the next turn: frames may be waiting.
     pub fn new(mut ring: Ring) -> Self {

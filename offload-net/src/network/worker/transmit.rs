@@ -152,7 +152,7 @@ impl Worker {
                     break;
                 }
             }
-            let buf = buf.get_or_insert_with(|| [0; LEN + HEAD_MAX]);
+            let buf = buf.get_or_insert_with(tx::empty_head);
             let parsed = tx::parse(&chain, buf, allowed, self.mtu);
             if let Some(port) = self.ports.get_mut(id.0).and_then(Option::as_mut) {
                 if let Ok(frame) = &parsed {

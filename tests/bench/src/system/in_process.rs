@@ -103,7 +103,7 @@ impl Vmm for InProcess {
             if let (Some(last), Some(tap)) =
                 (guest.nics.first(), network.as_ref().and_then(|net| net.taps.get(n)))
             {
-                command.args(["--tap", tap, "--mac", &mac(last)]);
+                command.args(["--tap", tap, "--mac", &mac(*last)]);
             }
             command.arg("--").arg("--kernel").arg(e2e::binary("bench-guest"));
             command.args(["--memory", &format!("{}M", guest.memory_mib), "--cmdline", &guest.cmdline]);

@@ -6,7 +6,7 @@ use crate::time::Clock;
 use alloc::boxed::Box;
 use alloc::string::String;
 use guest::args;
-use guest::frame::{Flow, Protocol, UDP_OVERHEAD};
+use guest::frame::{Protocol, UDP_OVERHEAD};
 use guest::histogram::Histogram;
 use guest::json::Object;
 use guest::payload::{HEADER, Header, Kind};
