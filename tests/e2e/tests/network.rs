@@ -6,7 +6,7 @@ use std::time::Duration;
 use e2e::card::Card;
 use e2e::vm::{Vm, config, slot};
 use e2e::{SOON, enter_new_network_namespace, temp_dir, wait_until};
-use proto::v1::{Device, HypervisorConfig, NetDrops, NetworkSpec};
+use proto::v1::NetworkSpec;
 
 #[test]
 fn two_vms_exchange_frames_without_userspace_exits() {
@@ -156,13 +156,14 @@ fn both_queue_pairs_carry_frames_also_after_a_kill9_of_the_card() {
     wait_until("frames in both receive queues after the last kill", SOON, || both(&card));
     for vm in [&a, &b] {
         let results = vm.reports.finish(Duration::from_secs(180));
-        // A link that had gone down and up would have told the guest by an interrupt.
         let result = &results[0];
         assert_eq!(
-            (&result["corrupt"], &result["rx"], &result["needs_reset"], &result["config_irqs"]),
-            (&0.into(), &100_000.into(), &false.into(), &0.into()),
+            (&result["corrupt"], &result["rx"], &result["needs_reset"]),
+            (&0.into(), &100_000.into(), &false.into()),
             "{results:#?}"
         );
+        // A link that had gone down and up would have told the guest by an interrupt.
+        assert_eq!(result["config_irqs"], 0);
     }
 }
 
@@ -201,7 +202,7 @@ fn a_vm_speaks_under_its_own_address_only() {
             "job=net-exchange ip=10.9.0.{own} peer=10.9.0.{peer} count=100000 size=1400 mode=irq timeout=60"
         )
     };
-    let boot = |name: &str, job: &str, device: &Device| {
+    let boot = |name: &str, job: &str, device: &proto::v1::Device| {
         Vm::boot(dir.path(), config(name, job, vec![slot("nic0", device)]))
     };
     let first = card.nic_with_address("a", "vpc", 11, "10.9.0.11");
@@ -221,7 +222,7 @@ fn a_vm_speaks_under_its_own_address_only() {
             "{results:#?}"
         );
     }
-    assert_eq!(card.drops("a"), NetDrops::default());
+    assert_eq!(card.drops("a"), proto::v1::NetDrops::default());
 
     let (third, fourth) = (
         card.nic_with_address("c", "vpc", 13, "10.9.0.13"),
@@ -236,45 +237,5 @@ fn a_vm_speaks_under_its_own_address_only() {
     c.reports.finish(SOON);
     let results = d.reports.finish(SOON);
     assert_eq!((&results[0]["rx"], &results[0]["other"]), (&0.into(), &0.into()), "{results:#?}");
-    assert_eq!(card.drops("c"), NetDrops { spoofed_address: 1000, ..Default::default() });
-}
-
-/// Each of eight VMs has an interface to the next and one to the last, in one network, and exchanges verified frames with both
-/// at the same time.
-#[test]
-fn eight_vms_exchange_frames_in_a_ring() {
-    const VMS: u8 = 8;
-    const COUNT: u32 = 5000;
-    enter_new_network_namespace();
-    let dir = temp_dir();
-    let card = Card::start("offload-net", dir.path());
-    let (id, ipv4_prefix) = ("vpc".to_owned(), "10.9.0.0/24".to_owned());
-    card.create_network(NetworkSpec { id, ipv4_prefix, ..Default::default() }).expect("create network");
-    let (to_next, to_last) = (|vm: u8| 100 + vm % VMS, |vm: u8| 200 + vm % VMS);
-    let exchange = |device: u8, own: u8, peer: u8| {
-        format!(
-            "net-exchange dev={device} ip=10.9.0.{own} peer=10.9.0.{peer} count={COUNT} size=1400 mode=irq timeout=60"
-        )
-    };
-    let nic = |n: u8| card.nic_with_address(&format!("nic{n}"), "vpc", n, &format!("10.9.0.{n}"));
-    // All are there before one asks for another.
-    let nics: Vec<_> = (0..VMS).map(|vm| (nic(to_next(vm)), nic(to_last(vm)))).collect();
-    let boot = |(vm, (to_the_next, to_the_last)): (u8, &(Device, Device))| {
-        let slots = vec![slot("nic0", to_the_next), slot("nic1", to_the_last)];
-        let next = exchange(0, to_next(vm), to_last(vm + 1));
-        let last = exchange(1, to_last(vm), to_next(vm + VMS - 1));
-        let config = config(&format!("vm{vm}"), &format!("job={next} also={last}"), slots);
-        Vm::boot(dir.path(), HypervisorConfig { memory_bytes: 32 << 20, ..config })
-    };
-    let vms: Vec<_> = (0..).zip(&nics).map(boot).collect();
-    for vm in &vms {
-        let results = vm.reports.finish(Duration::from_secs(120));
-        assert_eq!(results.len(), 2);
-        for result in results {
-            assert_eq!((&result["corrupt"], &result["rx"]), (&0.into(), &COUNT.into()), "{result:#}");
-        }
-    }
-    for n in (0..VMS).flat_map(|vm| [to_next(vm), to_last(vm)]) {
-        assert_eq!(card.drops(&format!("nic{n}")), NetDrops::default());
-    }
+    assert_eq!(card.drops("c"), proto::v1::NetDrops { spoofed_address: 1000, ..Default::default() });
 }
