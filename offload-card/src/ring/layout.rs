@@ -18,6 +18,21 @@ use super::spans::Spans;
 use super::{RingAddresses, RingError};
 use crate::memory::View;
 
+/// What a processor fetches at once.
+const CACHE_LINE: usize = 64;
+
+/// Has the processor fetch what is at an address, and does not wait for it.
+fn prefetch(address: usize) {
+    #[cfg(target_arch = "x86_64")]
+    // SAFETY: a hint, which reads nothing and cannot fault, whatever the address.
+    unsafe {
+        use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+        _mm_prefetch::<_MM_HINT_T0>(address as *const i8);
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = address;
+}
+
 /// Every access is to one of the areas, at an index below `size`, by volatile or atomic operations: the guest's writes
 /// at the same time can change what is read, and nothing else.
 #[derive(Debug)]
@@ -93,6 +108,24 @@ impl Layout {
         }
         // SAFETY: `new` checked that `size` descriptors are mapped from here on, aligned; `memory` keeps them so.
         Some(unsafe { self.descriptors.add(usize::from(index)).read_volatile() })
+    }
+
+    /// Has the processor fetch descriptor `index`, if the table has it.
+    pub(super) fn prefetch_descriptor(&self, index: u16) {
+        if index < self.size {
+            prefetch(self.descriptors.wrapping_add(usize::from(index)) as usize);
+        }
+    }
+
+    /// Has the processor fetch the beginning of the buffer that descriptor `index` names, if it names one.
+    pub(super) fn prefetch_buffer(&mut self, index: u16) {
+        let Some(descriptor) = self.descriptor(index).filter(|d| d.len() > 0) else { return };
+        if let Some((host, length)) = self.spans.translate(descriptor.addr().0, descriptor.len()) {
+            prefetch(host);
+            if length as usize > CACHE_LINE {
+                prefetch(host.wrapping_add(CACHE_LINE));
+            }
+        }
     }
 
     fn avail_word(&self, word: usize) -> &AtomicU16 {

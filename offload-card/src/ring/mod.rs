@@ -52,6 +52,11 @@ pub const MAX_SIZE: u16 = 32768;
 /// some do with small queues, so the bound is no tighter than other devices'.
 const MAX_INDIRECT: u16 = 1024;
 
+/// How far a ring looks ahead ([`Ring::look_ahead`]): to descriptors, and to the buffers that they name. A line that another
+/// processor has written takes about as long as two small frames.
+const DESCRIPTORS_AHEAD: u16 = 8;
+const BUFFERS_AHEAD: u16 = 4;
+
 /// Where a ring's areas are, as guest-physical addresses.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct RingAddresses {
@@ -125,6 +130,8 @@ pub struct Ring {
     in_order: Option<InOrder>,
     /// Longest chain taken, in descriptors.
     chain_max: u16,
+    /// What the next chains are made of is fetched early.
+    looks_ahead: bool,
     /// The layout is of another memory than when [`Ring::memory_changed`] was asked last.
     moved: bool,
     /// Left from a predecessor, to be popped before anything new; oldest last.
@@ -187,6 +194,7 @@ impl Ring {
             inflight,
             in_order,
             chain_max: size.max(MAX_INDIRECT),
+            looks_ahead: false,
             moved: false,
             resubmit,
             heads,
@@ -272,6 +280,12 @@ impl Ring {
         self.chain_max = descriptors;
     }
 
+    /// From now on the processor is told to fetch what the next chains are made of, and where their buffers begin, while this
+    /// one is worked on: for an engine that reads those itself.
+    pub fn look_ahead(&mut self) {
+        self.looks_ahead = true;
+    }
+
     /// True if the guest's memory has changed since this was asked last. What the front-end removed is unmapped when
     /// nobody keeps it: so an engine asks whenever it wakes up, and then clears the chains that it keeps and that are not
     /// in flight ([`Chain::clear`]). Whoever changes the memory wakes it, by a kick.
@@ -344,7 +358,23 @@ impl Ring {
         self.next_avail = self.next_avail.wrapping_add(1);
         self.shared.counters.requests.add(1);
         self.shared.counters.in_flight.set(u64::from(self.in_flight));
+        if self.looks_ahead {
+            self.fetch_ahead();
+        }
         Ok(true)
+    }
+
+    /// Nothing that is found here counts: the guest may change it until it is popped.
+    fn fetch_ahead(&mut self) {
+        let known = self.seen_avail.wrapping_sub(self.next_avail);
+        if known > DESCRIPTORS_AHEAD {
+            let head = self.layout.avail_head(self.next_avail.wrapping_add(DESCRIPTORS_AHEAD));
+            self.layout.prefetch_descriptor(head);
+        }
+        if known > BUFFERS_AHEAD {
+            let head = self.layout.avail_head(self.next_avail.wrapping_add(BUFFERS_AHEAD));
+            self.layout.prefetch_buffer(head);
+        }
     }
 
     /// Reads `avail.idx` anew; chains waiting.

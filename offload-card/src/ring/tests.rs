@@ -671,6 +671,7 @@ proptest! {
         avail in prop::collection::vec(0u16..SIZE + 1, SIZE as usize),
         count in 0u16..SIZE + 2,
         pick in any::<bool>(),
+        ahead in any::<bool>(),
     ) {
         let guest = guest();
         let driver = DriverQueue::new(&guest, RING, SIZE, EVENT_IDX);
@@ -687,6 +688,9 @@ proptest! {
         }
         driver.set_avail_idx(count);
         let (mut ring, shared) = driver.ring(None).unwrap();
+        if ahead {
+            ring.look_ahead();
+        }
         let mut chain = Chain::new();
         let mut heads = std::collections::HashSet::new();
         loop {

@@ -48,6 +48,7 @@ impl TxQueue {
     pub fn new(mut ring: Ring) -> Self {
         ring.disable_kicks();
         ring.limit_chains(DESCRIPTORS_MAX);
+        ring.look_ahead();
         Self { chain: Chain::new(), active: true, allowed: allowed(ring.features()), ring }
     }
 

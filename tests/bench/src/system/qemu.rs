@@ -160,7 +160,7 @@ fn own_devices<'a>(
         command.args(["-netdev", &format!("tap,id=n{n},ifname={tap},script=no,downscript=no,vhost=off")]);
         command.args([
             "-device",
-            &format!("virtio-net-pci,netdev=n{n},mac={},disable-legacy=on,rombar=0", mac(last)),
+            &format!("virtio-net-pci,netdev=n{n},mac={},disable-legacy=on,romfile=", mac(last)),
         ]);
     }
     Ok(())
@@ -196,7 +196,7 @@ fn vhost_user(command: &mut Command, n: usize, plugged: &Plugged) -> anyhow::Res
             command.args(["-netdev", &format!("vhost-user,id=n{n},chardev=c{n}")]);
             command.args([
                 "-device",
-                &format!("virtio-net-pci,netdev=n{n},mac={},disable-legacy=on,rombar=0", mac(last)),
+                &format!("virtio-net-pci,netdev=n{n},mac={},disable-legacy=on,romfile=", mac(last)),
             ]);
         }
         None => bail!("the card does not say what device {} is", device.socket_path),
