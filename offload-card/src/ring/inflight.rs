@@ -291,7 +291,7 @@ mod tests {
         for size in [1, 2, 4, 256] {
             let (area, file) = InflightArea::create(2, size).unwrap();
             let mut queue = area.queue(1, size).unwrap();
-            assert_eq!(queue.recover(0), vec![]);
+            assert!(queue.recover(0).is_empty());
             queue.take(size - 1);
             queue.set_note(u64::MAX);
             let length = area.size();
@@ -311,6 +311,6 @@ mod tests {
         let (area, _) = InflightArea::create(1, 3).unwrap();
         let mut queue = area.queue(0, 2).unwrap();
         queue.set_note(7);
-        assert_eq!((queue.note(), queue.recover(0)), (0, vec![]));
+        assert!(queue.note() == 0 && queue.recover(0).is_empty());
     }
 }
