@@ -27,6 +27,12 @@ fn qemu_drives_the_network_card() {
     exchange_with_qemu(1);
 }
 
+/// The control queue is QEMU's own, which enables the pairs.
+#[test]
+fn qemu_drives_several_queue_pairs_of_the_network_card() {
+    exchange_with_qemu(2);
+}
+
 fn exchange_with_qemu(pairs: u32) {
     enter_new_network_namespace();
     let dir = temp_dir();
