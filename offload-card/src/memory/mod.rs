@@ -104,6 +104,8 @@ pub struct Region {
     user_address: u64,
     mapping: Arc<GuestRegionMmap<()>>,
     guard: Arc<Guard>,
+    /// How often it was added more than it was removed: QEMU 7.2 does both once per queue pair of a network device.
+    times: u32,
 }
 
 impl Region {
@@ -142,11 +144,16 @@ impl Region {
             .map_err(|source| MemoryError::Unsealed { gpa, source })?;
         let guard = Arc::new(guard);
         let mapping = GuestRegionMmap::new(mapping, GuestAddress(gpa)).ok_or_else(out_of_range)?;
-        Ok(Self { user_address, mapping: Arc::new(mapping), guard })
+        Ok(Self { user_address, mapping: Arc::new(mapping), guard, times: 1 })
     }
 
     fn gpa(&self) -> u64 {
         self.mapping.start_addr().0
+    }
+
+    /// Where it is for the guest, its length, and where it is for the front-end.
+    fn addresses(&self) -> (u64, u64, u64) {
+        (self.gpa(), self.size(), self.user_address)
     }
 
     fn size(&self) -> u64 {
@@ -199,20 +206,39 @@ impl MemoryTable {
         Ok(())
     }
 
-    /// Adds one region.
+    /// Adds one region. One that is there, with exactly these addresses, stays until it has been removed as often as it was
+    /// added.
     pub fn add(&self, region: Region) -> Result<(), MemoryError> {
         let mut regions = Vec::clone(&self.0.regions.load());
-        regions.push(region);
-        self.replace(regions)
+        match regions.iter_mut().find(|r| r.addresses() == region.addresses()) {
+            Some(there) => {
+                there.times = there.times.saturating_add(1);
+                self.0.regions.store(Arc::new(regions));
+                Ok(())
+            }
+            None => {
+                regions.push(region);
+                self.replace(regions)
+            }
+        }
     }
 
     /// Removes the region with exactly these addresses.
     pub fn remove(&self, gpa: u64, size: u64, user_address: u64) -> Result<(), MemoryError> {
         let mut regions = Vec::clone(&self.0.regions.load());
-        let found =
-            regions.iter().position(|r| (r.gpa(), r.size(), r.user_address) == (gpa, size, user_address));
-        regions.remove(found.ok_or(MemoryError::Unknown { gpa, size })?);
-        self.replace(regions)
+        let found = regions.iter().position(|r| r.addresses() == (gpa, size, user_address));
+        let found = found.ok_or(MemoryError::Unknown { gpa, size })?;
+        match regions.get_mut(found).filter(|region| region.times > 1) {
+            Some(region) => {
+                region.times -= 1;
+                self.0.regions.store(Arc::new(regions));
+                Ok(())
+            }
+            None => {
+                regions.remove(found);
+                self.replace(regions)
+            }
+        }
     }
 
     /// The regions in the table.
@@ -289,6 +315,23 @@ mod tests {
         table.remove(0x10_0000, 0x1000, 0x7100_0000).unwrap();
         assert_eq!(table.translate(0x7100_0010), None);
         assert_eq!((held.num_regions(), table.view().num_regions()), (2, 1));
+    }
+
+    #[test]
+    fn a_region_that_is_added_twice_is_removed_twice() {
+        let table = MemoryTable::new();
+        let add = || table.add(Region::map(0x1000, 0x1000, 0x7000, file(0x1000), 0).unwrap());
+        add().unwrap();
+        let generation = table.generation();
+        add().unwrap();
+        assert_eq!((table.len(), table.view().num_regions(), table.generation()), (1, 1, generation));
+        table.remove(0x1000, 0x1000, 0x7000).unwrap();
+        assert_eq!((table.len(), table.generation()), (1, generation));
+        table.remove(0x1000, 0x1000, 0x7000).unwrap();
+        assert!(table.is_empty() && table.remove(0x1000, 0x1000, 0x7000).is_err());
+        // Others with some of its addresses are others.
+        add().unwrap();
+        assert!(table.add(Region::map(0x1000, 0x1000, 0x8000, file(0x1000), 0).unwrap()).is_err());
     }
 
     #[test]

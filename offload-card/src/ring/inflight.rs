@@ -311,6 +311,6 @@ mod tests {
         let (area, _) = InflightArea::create(1, 3).unwrap();
         let mut queue = area.queue(0, 2).unwrap();
         queue.set_note(7);
-        assert_eq!((queue.note(), queue.recover(0)), (0, vec![]));
+        assert!(queue.note() == 0 && queue.recover(0).is_empty());
     }
 }
