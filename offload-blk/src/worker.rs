@@ -115,11 +115,12 @@ impl Worker {
     pub(crate) fn new(disk: Arc<Disk>, ring: Ring, orders: Receiver<QueueOrder>, backend: Backend) -> Self {
         let null = matches!(disk.store, Store::Null(_));
         let negotiated = |bit: u32| ring.features() & 1 << bit != 0;
+        let erases = disk.store.erases();
         let limits = Limits {
             size_bytes: disk.config.size_bytes(),
             read_only: disk.store.read_only(),
-            discard: negotiated(VIRTIO_BLK_F_DISCARD),
-            write_zeroes: negotiated(VIRTIO_BLK_F_WRITE_ZEROES),
+            discard: erases.discard && negotiated(VIRTIO_BLK_F_DISCARD),
+            write_zeroes: erases.write_zeroes && negotiated(VIRTIO_BLK_F_WRITE_ZEROES),
         };
         let size = if null { 0 } else { usize::from(ring.size()) };
         Self {

@@ -263,10 +263,10 @@ async fn what_cannot_be_is_refused_with_a_reason() {
     assert!(again.message().contains("uplink of network lan"), "{again}");
     let mut mq = device("a", "lan", &guest);
     if let Some(Kind::Net(net)) = mq.spec.as_mut().and_then(|s| s.kind.as_mut()) {
-        net.queue_pairs = 4;
+        net.queue_pairs = 33;
     }
     let refused = Error::from(card.devices().await.create_device(mq).await.unwrap_err());
-    assert!(refused.message().contains("one per device"), "{refused}");
+    assert!(refused.message().contains("33 queue pairs are more than 32"), "{refused}");
 }
 
 #[tokio::test]
