@@ -185,6 +185,7 @@ impl Device for BlockDevice {
             name: self.name.clone(),
             ring,
             orders: receiver,
+            queues: self.identity.queues,
             ended: ending,
             policy: self.poll,
             span: self.span.clone(),

@@ -2,7 +2,7 @@
 //!
 //! [`BlockDevice`] is the engine. It knows rings and images, nothing of vhost-user or gRPC, and runs inside the card or
 //! inside a VMM alike. A started queue is a [`BlockQueue`] that owns the ring, its requests and its way of doing I/O; a
-//! [`QueueHost`] says who calls it: a thread per queue ([`Threads`]), or a VMM's vCPU thread ([`Inline`]).
+//! [`QueueHost`] says who calls it: threads ([`Threads`]), or a VMM's vCPU thread ([`Inline`]).
 //!
 //! ```text
 //!   ring ──pop──► request ──► slot (iovecs straight into guest memory) ──► io_uring, preadv2, pwritev2 ──► image
@@ -28,15 +28,17 @@ mod service;
 mod share;
 mod store;
 mod suspect;
+mod threads;
 mod worker;
 
 pub use device::{BlockDevice, DiskConfig, MAX_QUEUE_SIZE, MIN_QUEUE_SIZE};
 pub use erase::{Erase, MAX_RANGE_SECTORS, MAX_RANGES, Range};
 pub use image::{Geometry, Image, SECTOR_BYTES};
 pub use mode::ModeFile;
-pub use queue::{BlockQueue, Inline, Progress, QueueHost, QueueStart, Threads};
+pub use queue::{BlockQueue, Inline, Progress, QueueHost, QueueStart};
 pub use request::{HEADER_BYTES, ID_BYTES, Limits, NoStatus, Request, Status, parse};
 pub use service::{StorageCard, StorageService};
 pub use share::Storage;
 pub use store::{NullStore, Qcow2Store, Store};
+pub use threads::Threads;
 pub use worker::IoEngine;

@@ -4,18 +4,15 @@ use std::fmt;
 use std::io;
 use std::sync::{Arc, Mutex, PoisonError, mpsc};
 
-use offload_card::poll::{Awaited, Next, Pacer, PollMode, PollPolicy, Receiver};
-use offload_card::{Ring, RingState, slice};
+use offload_card::poll::{PollPolicy, Receiver};
+use offload_card::{Ring, RingState};
 use proto::error::Error;
 use proto::v1::ErrorReason;
 use tonic::Code;
 use tracing::{Span, warn};
 
-use crate::io::{Backend, Wakers};
+use crate::io::{Backend, Used, Wakers};
 use crate::worker::{Disk, QueueOrder, Worker};
-
-/// A queue's thread needs little: its data is on the heap.
-const STACK_BYTES: usize = 256 * 1024;
 
 /// What a [`BlockQueue::turn`] found.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -43,8 +40,6 @@ pub struct BlockQueue {
     worker: Option<Box<Worker>>,
     ended: Option<mpsc::Sender<RingState>>,
     index: u16,
-    policy: PollPolicy,
-    span: Span,
 }
 
 impl BlockQueue {
@@ -92,40 +87,8 @@ impl BlockQueue {
         }
     }
 
-    /// Works until the queue is stopped, polling and sleeping as its disk is set: a thread's main function.
-    pub fn run(mut self) {
-        let span = self.span.clone();
-        let _entered = span.enter();
-        let mut pacer = Pacer::new(self.policy);
-        loop {
-            match self.turn() {
-                Progress::Ended => return,
-                Progress::Worked => {
-                    if pacer.worked()
-                        && let Some(worker) = &self.worker
-                    {
-                        worker.ring().counters().poll_hits.add(1);
-                    }
-                }
-                // Until when is known: there is nothing to learn, and nothing to look for.
-                Progress::Throttled if self.policy.mode != PollMode::Always => {
-                    pacer.sleeps();
-                    self.sleep();
-                    pacer.woke();
-                }
-                Progress::Throttled => std::hint::spin_loop(),
-                progress @ (Progress::Waiting | Progress::Idle) => {
-                    let waiting = progress == Progress::Waiting;
-                    let awaited = if waiting { Awaited::Completions } else { Awaited::Driver };
-                    let sleepy = self.worker.as_ref().is_some_and(|w| w.should_sleep());
-                    if sleepy || pacer.idle(awaited) == Next::Sleep {
-                        pacer.sleeps();
-                        self.sleep();
-                        pacer.woke();
-                    }
-                }
-            }
-        }
+    pub(crate) fn worker(&mut self) -> Option<&mut Worker> {
+        self.worker.as_deref_mut()
     }
 }
 
@@ -148,6 +111,8 @@ pub struct QueueStart {
     pub(crate) name: String,
     pub(crate) ring: Ring,
     pub(crate) orders: Receiver<QueueOrder>,
+    /// How many the disk has.
+    pub(crate) queues: u16,
     pub(crate) ended: mpsc::Sender<RingState>,
     pub(crate) policy: PollPolicy,
     pub(crate) span: Span,
@@ -169,7 +134,7 @@ impl QueueStart {
     /// # Errors
     /// `Host`: no file descriptors, no memory, no io_uring though it was demanded. The ring is dropped as it was.
     pub fn open(self) -> Result<BlockQueue, Error> {
-        self.open_as(true)
+        self.open_as(Used::ByOne)
     }
 
     /// Makes the queue, to be used by any thread, one at a time. It does its I/O by system calls, so a
@@ -178,16 +143,24 @@ impl QueueStart {
     /// # Errors
     /// As [`QueueStart::open`].
     pub fn open_unbound(self) -> Result<BlockQueue, Error> {
-        self.open_as(false)
+        self.open_as(Used::ByAny)
     }
 
-    fn open_as(self, bound: bool) -> Result<BlockQueue, Error> {
-        let Self { disk, name, ring, orders, ended, policy, span } = self;
+    /// Makes the queue, to be used by the calling thread only, which has others beside it and waits for all of them.
+    ///
+    /// # Errors
+    /// As [`QueueStart::open`].
+    pub(crate) fn open_among_others(self) -> Result<BlockQueue, Error> {
+        self.open_as(Used::AmongOthers)
+    }
+
+    fn open_as(self, used: Used) -> Result<BlockQueue, Error> {
+        let Self { disk, name, ring, orders, ended, .. } = self;
         let index = ring.index();
         let wakers = || -> io::Result<Wakers> {
             Ok(Wakers { kick: ring.kick().try_clone()?, orders: orders.event().try_clone()? })
         };
-        let made = wakers().and_then(|w| Backend::new(&disk.store, w, ring.size(), disk.engine, bound));
+        let made = wakers().and_then(|w| Backend::new(&disk.store, w, ring.size(), disk.engine, used));
         let (backend, refused) = made.map_err(|e| host_error(&name, index, "no I/O is possible", &e))?;
         if let Some(e) = refused {
             warn!(
@@ -195,7 +168,7 @@ impl QueueStart {
             );
         }
         let worker = Some(Box::new(Worker::new(disk, ring, orders, backend)));
-        Ok(BlockQueue { worker, ended: Some(ended), index, policy, span })
+        Ok(BlockQueue { worker, ended: Some(ended), index })
     }
 }
 
@@ -228,38 +201,6 @@ pub trait QueueHost: Send + Sync + fmt::Debug {
 
     /// Queue `index` has an order: it is to be turned soon. One that sleeps wakes up by itself.
     fn order_sent(&self, _index: u16) {}
-}
-
-/// A thread per queue.
-#[derive(Debug, Clone, Copy, Default)]
-pub struct Threads;
-
-impl QueueHost for Threads {
-    fn serve(&self, queue: QueueStart) -> Result<(), Error> {
-        let (index, disk) = (queue.index(), queue.device().to_owned());
-        let (opening, opened) = mpsc::sync_channel(1);
-        std::thread::Builder::new()
-            .name(format!("blk{index}:{disk}"))
-            .stack_size(STACK_BYTES)
-            .spawn(move || {
-                let span = queue.span.clone();
-                let queue = match span.in_scope(|| queue.open()) {
-                    Ok(queue) => queue,
-                    Err(e) => {
-                        let _ = opening.send(Err(e));
-                        return;
-                    }
-                };
-                let _ = opening.send(Ok(()));
-                // The thread that started this one is of those that run soon; from here on it is about throughput.
-                let _ = slice::reset();
-                queue.run();
-            })
-            .map_err(|e| host_error(&disk, index, "cannot start a thread", &e))?;
-        opened
-            .recv()
-            .unwrap_or_else(|e| Err(host_error(&disk, index, "its thread has ended", &io::Error::other(e))))
-    }
 }
 
 /// No threads: queues are turned by whoever calls [`Inline::notify`], as small VMMs do it in a vCPU's thread when the guest

@@ -21,11 +21,11 @@ use crate::device::{BlockDevice, DiskConfig};
 use crate::image::Image;
 use crate::mode::ModeFile;
 use crate::qcow2;
-use crate::queue::Threads;
 use crate::request::ID_BYTES;
 use crate::share::Storages;
 use crate::store::Store;
 use crate::suspect::{Suspects, watched};
+use crate::threads::Threads;
 use crate::worker::IoEngine;
 
 const MAX_QUEUES: u32 = 64;
@@ -129,7 +129,7 @@ impl StorageCard {
             serial: if serial.is_empty() { spec.id.clone() } else { serial.clone() },
             engine: self.engine,
             poll: self.policy(block)?,
-            host: Arc::new(Threads),
+            host: Arc::new(Threads::default()),
             mode_file: Some(self.mode_file(&spec.id)),
             storage: self.storages.of(&block.path),
             store,

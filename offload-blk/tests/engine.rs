@@ -109,7 +109,7 @@ fn inline_requests_are_answered_when_the_notification_returns() {
 #[test]
 fn an_always_polling_queue_needs_no_kick() {
     for features in [DRIVER, DRIVER & !(1 << 29)] {
-        let disk = disk(null(), Arc::new(Threads), PollMode::Always, 256);
+        let disk = disk(null(), Arc::new(Threads::default()), PollMode::Always, 256);
         let mut guest = Guest::new(1, 64, features);
         let shared = start(&disk, &guest);
         for _ in 0..100 {
@@ -131,7 +131,7 @@ fn an_idle_queue_sleeps() {
     for mode in [PollMode::Never, PollMode::Adaptive] {
         let (_file, store) = file(1 << 20);
         for store in [null(), store] {
-            let disk = disk(store, Arc::new(Threads), mode, 256);
+            let disk = disk(store, Arc::new(Threads::default()), mode, 256);
             let mut guest = Guest::new(1, 64, DRIVER);
             let shared = start(&disk, &guest);
             let asleep = |sleeps: u64| {
@@ -161,7 +161,7 @@ fn an_idle_queue_sleeps() {
 fn a_request_has_as_many_segments_as_promised() {
     let (_file, store) = file(2 << 20);
     for (size, indirect) in [(1024, false), (1024, true), (16, true)] {
-        let disk = disk(store.clone(), Arc::new(Threads), PollMode::Never, size);
+        let disk = disk(store.clone(), Arc::new(Threads::default()), PollMode::Never, size);
         let mut seg_max = [0; 4];
         disk.read_config(12, &mut seg_max);
         let seg_max = u64::from(u32::from_le_bytes(seg_max));
@@ -202,7 +202,7 @@ fn a_request_has_as_many_segments_as_promised() {
 #[test]
 fn used_lengths_are_what_was_written_without_a_gap() {
     let (image, store) = file(1 << 20);
-    let disk = disk(store, Arc::new(Threads), PollMode::Never, 256);
+    let disk = disk(store, Arc::new(Threads::default()), PollMode::Never, 256);
     let mut guest = Guest::new(1, 64, DRIVER);
     start(&disk, &guest);
     let mut length = |kind, sector, length| {
@@ -262,7 +262,7 @@ fn erased_ranges_are_zeros_and_their_space_is_given_back() {
         file.as_file().sync_all().unwrap();
         let image = Image::open(file.path().to_str().unwrap(), false, direct).unwrap();
         let store = Store::Image(Arc::new(image));
-        let mut config = config(store, Arc::new(Threads), PollMode::Never, 256);
+        let mut config = config(store, Arc::new(Threads::default()), PollMode::Never, 256);
         config.engine = engine;
         let disk = BlockDevice::new(config).unwrap();
         assert_eq!(disk.identity().features >> 13 & 3, 3);
@@ -325,7 +325,7 @@ fn nothing_is_erased_on_a_disk_that_is_read_only_or_nothing() {
     drop(store);
     let image = Image::open(file.path().to_str().unwrap(), true, false).unwrap();
     for (store, answer) in [(Store::Image(Arc::new(image)), IOERR), (null(), UNSUPP)] {
-        let disk = disk(store, Arc::new(Threads), PollMode::Never, 256);
+        let disk = disk(store, Arc::new(Threads::default()), PollMode::Never, 256);
         assert_eq!(disk.identity().features >> 13 & 3, 0);
         let mut guest = Guest::new(1, 64, DRIVER | 1 << 13 | 1 << 14);
         start(&disk, &guest);
@@ -347,7 +347,7 @@ fn a_disk_that_cannot_be_is_refused() {
             serial: String::new(),
             engine: IoEngine::Auto,
             poll: PollPolicy::default(),
-            host: Arc::new(Threads),
+            host: Arc::new(Threads::default()),
             storage: Arc::default(),
             mode_file: None,
         };
@@ -405,7 +405,7 @@ fn a_queue_that_the_host_cannot_start_starts_when_it_can() {
     impl QueueHost for Full {
         fn serve(&self, queue: QueueStart) -> Result<(), Error> {
             if self.0.load(Ordering::Relaxed) {
-                return Threads.serve(queue);
+                return Threads::default().serve(queue);
             }
             Err(Error::new(tonic::Code::Internal, ErrorReason::Host, "no threads"))
         }
@@ -427,7 +427,7 @@ fn a_queue_that_the_host_cannot_start_starts_when_it_can() {
 fn a_disk_that_is_gone_has_let_go_of_its_image() {
     for _ in 0..50 {
         let (file, store) = file(1 << 20);
-        let disk = disk(store, Arc::new(Threads), PollMode::Never, 64);
+        let disk = disk(store, Arc::new(Threads::default()), PollMode::Never, 64);
         let mut guest = Guest::new(1, 64, DRIVER);
         let _shared = start(&disk, &guest);
         assert_eq!(guest.run(0, T_OUT, 0, 4096), OK);
@@ -471,7 +471,7 @@ fn a_limited_disk_does_what_it_may_and_no_more() {
     for mode in [PollMode::Never, PollMode::Adaptive, PollMode::Always] {
         let (_file, store) = file(1 << 20);
         for store in [null(), store] {
-            let disk = disk(store, Arc::new(Threads), mode, 256);
+            let disk = disk(store, Arc::new(Threads::default()), mode, 256);
             disk.set_limits(operations(rate, burst)).unwrap();
             let mut guest = Guest::new(1, 64, DRIVER);
             // Not only when the first request is made: the queue may have looked at its clock before.
@@ -492,7 +492,7 @@ fn a_limited_disk_does_what_it_may_and_no_more() {
 
 #[test]
 fn bytes_are_limited_and_a_request_larger_than_the_burst_passes() {
-    let disk = disk(null(), Arc::new(Threads), PollMode::Adaptive, 256);
+    let disk = disk(null(), Arc::new(Threads::default()), PollMode::Adaptive, 256);
     let limits = DeviceLimits { bytes_per_second: 1 << 20, bytes_burst: 4096, ..Default::default() };
     disk.set_limits(Limits::new(Some(&limits)).unwrap()).unwrap();
     let mut guest = Guest::new(1, 64, DRIVER);
@@ -509,7 +509,8 @@ fn bytes_are_limited_and_a_request_larger_than_the_burst_passes() {
 #[test]
 fn new_limits_count_for_what_waits_and_a_stop_does_not_wait() {
     for inline in [false, true] {
-        let host: Arc<dyn QueueHost> = if inline { Arc::new(Inline::new(1)) } else { Arc::new(Threads) };
+        let host: Arc<dyn QueueHost> =
+            if inline { Arc::new(Inline::new(1)) } else { Arc::new(Threads::default()) };
         let disk = Arc::new(disk(null(), host, PollMode::Adaptive, 256));
         disk.set_limits(operations(1, 1)).unwrap();
         let mut guest = Guest::new(1, 64, DRIVER);
@@ -558,7 +559,7 @@ fn new_limits_count_for_what_waits_and_a_stop_does_not_wait() {
 fn requests_are_counted_and_timed_by_kind() {
     let (_file, store) = file(1 << 20);
     for (store, engine) in [(null(), "null"), (store, "file")] {
-        let disk = disk(store, Arc::new(Threads), PollMode::Adaptive, 256);
+        let disk = disk(store, Arc::new(Threads::default()), PollMode::Adaptive, 256);
         let mut guest = Guest::new(1, 64, DRIVER);
         let shared = start(&disk, &guest);
         let since = Instant::now();
@@ -594,7 +595,7 @@ fn disks_that_share_a_storage_get_on() {
     let storage = Arc::<Storage>::default();
     let flood = |storage| {
         let (_file, store) = file(8 << 20);
-        let base = config(store, Arc::new(Threads), PollMode::Adaptive, 256);
+        let base = config(store, Arc::new(Threads::default()), PollMode::Adaptive, 256);
         let disk = BlockDevice::new(DiskConfig { storage, engine: IoEngine::IoUring, ..base }).unwrap();
         // 48 of 4 KiB are more than half of what a shared storage has under way, 16 of 256 KiB even more so.
         let mut guest = Guest::new(1, 256, DRIVER);

@@ -68,7 +68,7 @@ fn disk(store: Store, engine: IoEngine, queues: u16) -> BlockDevice {
         serial: String::new(),
         engine,
         poll: PollPolicy { mode: PollMode::Adaptive, ..Default::default() },
-        host: Arc::new(Threads),
+        host: Arc::new(Threads::default()),
         storage: Arc::default(),
         mode_file: None,
     })

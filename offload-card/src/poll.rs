@@ -6,12 +6,13 @@ mod pace;
 use std::cell::Cell;
 use std::io;
 use std::mem::MaybeUninit;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::mpsc::{self, TryRecvError};
 use std::time::Duration;
 
+pub use awake::cpus;
 pub use pace::{Awaited, DEFAULT_MAX, Next, Pacer, PollArgs, PollMode, PollPolicy};
 use rustix::event::Timespec;
 use rustix::event::epoll::{self, CreateFlags, EventData, EventFlags};
@@ -66,6 +67,13 @@ impl Poller {
             Err(e) => return Err(e.into()),
         }
         Ok(self.tokens.iter().copied())
+    }
+}
+
+/// Can be read when a wait would end at once: for a wait for several of them.
+impl AsFd for Poller {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.epoll.as_fd()
     }
 }
 

@@ -5,6 +5,7 @@ mod uring;
 mod waiter;
 
 use std::io;
+use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -134,6 +135,17 @@ pub(crate) fn erase_now(image: &Image, op: Op, offset: u64, length: u64) -> io::
     }
 }
 
+/// Which thread uses a [`Backend`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Used {
+    /// Any, one at a time.
+    ByAny,
+    /// The one that makes it, which waits by [`Backend::wait`].
+    ByOne,
+    /// The one that makes it, which has others, and waits for all of them by [`Backend::waits_on`].
+    AmongOthers,
+}
+
 /// A way to do I/O. One per queue, used by its thread only.
 pub(crate) enum Backend {
     /// Nothing to do.
@@ -145,19 +157,19 @@ pub(crate) enum Backend {
 }
 
 impl Backend {
-    /// For up to `depth` transfers at a time on `store`. With `bound`, it is used by the calling thread only. The error
-    /// is of io_uring if that was what `engine` insisted on; the second value if io_uring was tried and given up.
+    /// For up to `depth` transfers at a time on `store`. The error is of io_uring if that was what `engine` insisted on; the second value if io_uring was tried and given up.
     pub(crate) fn new(
         store: &Store,
         wakers: Wakers,
         depth: u16,
         engine: IoEngine,
-        bound: bool,
+        used: Used,
     ) -> io::Result<(Self, Option<io::Error>)> {
         let Some(target) = Target::of(store) else { return Ok((Self::Null(Waiter::new(wakers)?), None)) };
         let mut refused = None;
-        if bound && engine != IoEngine::Sync {
-            match Uring::new(target.clone(), wakers.try_clone()?, depth, engine == IoEngine::Auto) {
+        if used != Used::ByAny && engine != IoEngine::Sync {
+            let here = engine == IoEngine::Auto;
+            match Uring::new(target.clone(), wakers.try_clone()?, depth, here, used) {
                 Ok(uring) => return Ok((Self::Uring(Box::new(uring)), None)),
                 Err(e) if engine == IoEngine::IoUring => return Err(e),
                 Err(e) => refused = Some(e),
@@ -195,6 +207,22 @@ impl Backend {
         match self {
             Self::Null(waiter) | Self::Calls(waiter, _) => waiter.wait(timeout),
             Self::Uring(uring) => uring.wait(timeout),
+        }
+    }
+
+    /// Can be read when a [`Backend::wait`] would end, for who waits for several; who was told so calls [`Backend::woken`].
+    pub(crate) fn waits_on(&self) -> BorrowedFd<'_> {
+        match self {
+            Self::Null(waiter) | Self::Calls(waiter, _) => waiter.as_fd(),
+            Self::Uring(uring) => uring.as_fd(),
+        }
+    }
+
+    /// Takes what has come, without waiting.
+    pub(crate) fn woken(&mut self) -> io::Result<()> {
+        match self {
+            Self::Null(waiter) | Self::Calls(waiter, _) => waiter.wait(Some(Duration::ZERO)),
+            Self::Uring(uring) => uring.poll(),
         }
     }
 
@@ -243,7 +271,7 @@ mod tests {
             let kick = wakers.kick.as_raw_fd();
             // SAFETY: both are open, and the number stays `kick`'s, for something else now.
             assert_eq!(unsafe { libc::dup2(path_only.as_raw_fd(), kick) }, kick);
-            Backend::new(&store, wakers, 16, engine, true).map(|(_, refused)| refused)
+            Backend::new(&store, wakers, 16, engine, Used::ByOne).map(|(_, refused)| refused)
         };
         // To wait by epoll is refused, too: nothing is left.
         for engine in [IoEngine::IoUring, IoEngine::Auto] {
@@ -255,7 +283,8 @@ mod tests {
     #[test]
     fn what_finds_no_room_is_told_so_and_nothing_gets_lost() {
         let (_file, store) = image();
-        let (mut backend, refused) = Backend::new(&store, wakers(), 2, IoEngine::IoUring, true).unwrap();
+        let (mut backend, refused) =
+            Backend::new(&store, wakers(), 2, IoEngine::IoUring, Used::ByOne).unwrap();
         assert!(refused.is_none());
         let mut memory = [0u8; 512];
         let iovecs = [libc::iovec { iov_base: memory.as_mut_ptr().cast(), iov_len: 512 }];
@@ -291,7 +320,7 @@ mod tests {
     fn a_wait_ends_in_time() {
         let (_file, store) = image();
         for engine in [IoEngine::IoUring, IoEngine::Sync] {
-            let (mut backend, _) = Backend::new(&store, wakers(), 2, engine, true).unwrap();
+            let (mut backend, _) = Backend::new(&store, wakers(), 2, engine, Used::ByOne).unwrap();
             let wait = Duration::from_micros(300);
             // The machine may be busy, but not each time.
             let exact = (0..1000).any(|_| {

@@ -3,7 +3,8 @@
 //! Kicks and orders are multishot polls in the same ring, so that the thread sleeps in one `io_uring_enter` that also
 //! submits what it has gathered. Nobody reads the eventfds: every signal is one completion. The kernel posts
 //! completions only when asked to (DEFER_TASKRUN), and a flag in shared memory says when to ask: polling costs no
-//! system call.
+//! system call. A thread with several rings waits for all of them by epoll, which does not hear of completions that wait
+//! to be asked for; theirs are posted as soon as the thread is in the kernel (COOP_TASKRUN), and end its wait.
 //!
 //! The image is not registered with the ring. The kernel takes a ring down in its own time, tens of milliseconds after its
 //! process was killed, and keeps registered files open, and locked, until then: guests would wait for that. An image that
@@ -15,7 +16,7 @@
 //! a small write goes into the page cache by pwritev2, which io_uring would hand to a worker thread.
 
 use std::io;
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -23,7 +24,7 @@ use io_uring::types::{Fd, FsyncFlags, SubmitArgs, Timespec};
 use io_uring::{IoUring, cqueue, opcode, squeue};
 use tracing::warn;
 
-use super::{Begun, Completion, Op, Target, Transfer, Wakers, calls};
+use super::{Begun, Completion, Op, Target, Transfer, Used, Wakers, calls};
 use crate::image::Image;
 use crate::qcow2::{Mailbox, Qcow2, Work};
 
@@ -65,10 +66,16 @@ pub(crate) struct Uring {
 impl Uring {
     /// For up to `depth` transfers at a time; belongs to the calling thread. With `here`, what needs no waiting is done
     /// without the ring.
-    pub(super) fn new(target: Target, wakers: Wakers, depth: u16, here: bool) -> io::Result<Self> {
+    pub(super) fn new(
+        target: Target,
+        wakers: Wakers,
+        depth: u16,
+        here: bool,
+        used: Used,
+    ) -> io::Result<Self> {
         let Target { image, qcow2 } = target;
         // One entry per transfer and three for the polls.
-        let ring = build(u32::from(depth) + 3)?;
+        let ring = build(u32::from(depth) + 3, used)?;
         let cached = here && !image.direct();
         let formatted = qcow2.map(|qcow2| -> io::Result<_> {
             let mailbox = Arc::new(Mailbox::new(depth)?);
@@ -237,6 +244,11 @@ impl Uring {
         })
     }
 
+    /// Can be read when a wait would end.
+    pub(super) fn as_fd(&self) -> BorrowedFd<'_> {
+        self.ring.as_fd()
+    }
+
     /// The next completion of a transfer.
     pub(super) fn completion(&mut self) -> Option<Completion> {
         if let Some(formatted) = &mut self.formatted
@@ -283,14 +295,15 @@ fn entered(result: io::Result<usize>) -> io::Result<()> {
 
 /// A ring with room for `entries` transfers: what the kernel does not know yet is left out, but that a wait has an end
 /// (Linux 5.11).
-fn build(entries: u32) -> io::Result<IoUring> {
-    let newest = IoUring::builder()
-        .setup_clamp()
-        .setup_single_issuer()
-        .setup_defer_taskrun()
-        .setup_taskrun_flag()
-        .build(entries);
-    let built = match newest {
+fn build(entries: u32, used: Used) -> io::Result<IoUring> {
+    let mut newest = IoUring::builder();
+    newest.setup_clamp().setup_single_issuer().setup_taskrun_flag();
+    if used == Used::AmongOthers {
+        newest.setup_coop_taskrun()
+    } else {
+        newest.setup_defer_taskrun()
+    };
+    let built = match newest.build(entries) {
         Err(e) if e.raw_os_error() == Some(libc::EINVAL) => IoUring::builder().setup_clamp().build(entries),
         built => built,
     }?;

@@ -1,6 +1,7 @@
 //! Waiting for kicks and orders, when nothing else can come.
 
 use std::io;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::time::Duration;
 
 use offload_card::poll::Poller;
@@ -26,6 +27,11 @@ impl Waiter {
         poller.add_edge(&wakers.kick, KICK)?;
         poller.add_edge(&wakers.orders, ORDERS)?;
         Ok(Self { poller, kicks: 0, _wakers: wakers })
+    }
+
+    /// Can be read when a wait would end.
+    pub(super) fn as_fd(&self) -> BorrowedFd<'_> {
+        self.poller.as_fd()
     }
 
     /// For at most `timeout`.

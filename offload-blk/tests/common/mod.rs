@@ -211,9 +211,12 @@ pub struct Guest {
 impl Guest {
     pub fn new(queues: u64, size: u16, features: u64) -> Self {
         let memory = TestGuest::new(MEMORY);
-        let queues =
-            (0..queues).map(|i| DriverQueue::new(&memory, RINGS + i * RING_BYTES, size, features)).collect();
-        Self { memory, queues }
+        let queues = (0..queues).map(|i| {
+            let mut queue = DriverQueue::new(&memory, RINGS + i * RING_BYTES, size, features);
+            queue.index = i as u16;
+            queue
+        });
+        Self { queues: queues.collect(), memory }
     }
 
     /// Memory of request `slot`: header, status, and up to 256 KiB of data, on a page.

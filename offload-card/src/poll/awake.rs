@@ -1,8 +1,7 @@
 //! Whether the data threads of this process that are awake have a CPU each.
 //!
 //! If not, the scheduler gives each of them a tick's time, some milliseconds, and a queue waits so long for its thread. So they
-//! hand the CPU on when they have done a batch. (A thread for all of them would have the same effect, and no use for a
-//! second CPU.)
+//! hand the CPU on when they have done a batch. (The queues of one device share threads then; this is about several devices.)
 
 use std::sync::atomic::{AtomicU32, Ordering};
 
@@ -11,6 +10,11 @@ static AWAKE: AtomicU32 = AtomicU32::new(0);
 
 /// Batches after which a thread asks again which CPUs it may use.
 const REMEMBERED: u32 = 1024;
+
+/// How many CPUs the calling thread, and those it starts, may use. If the host does not say, there are enough.
+pub fn cpus() -> u32 {
+    rustix::thread::sched_getaffinity(None).map_or(u32::MAX, |set| set.count())
+}
 
 /// A data thread's part in it.
 #[derive(Debug)]
@@ -50,8 +54,7 @@ impl Awake {
     fn more_than_cpus(&mut self, awake: u32) -> bool {
         if self.remembered == 0 {
             self.remembered = REMEMBERED;
-            // If the host does not say, there are enough.
-            self.cpus = rustix::thread::sched_getaffinity(None).map_or(u32::MAX, |set| set.count());
+            self.cpus = cpus();
         }
         self.remembered -= 1;
         awake > self.cpus

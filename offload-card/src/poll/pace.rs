@@ -14,10 +14,12 @@
 //!
 //! A thread that looks while others wait for its CPU takes what it meant to save. Where these are data threads of the same
 //! process, they look and work in turns ([`Awake`]). That it is anybody else it finds out by its clock, which jumps when the
-//! scheduler lets others run; then it sleeps for want of work, for a while, as it would without polling.
+//! scheduler lets others run, and by the scheduler's own count of that (a hypervisor below makes clocks jump, too); then it
+//! sleeps for want of work, for a while, as it would without polling.
 
 use std::time::{Duration, Instant};
 
+use nix::sys::resource::{UsageWho, getrusage};
 use tracing::debug;
 
 use super::awake::Awake;
@@ -29,7 +31,8 @@ const LOOKS: u32 = 16;
 const MIN_WINDOW: Duration = Duration::from_micros(2);
 /// What a sleep costs both sides is so many times what a completion's costs, which wakes nobody but the card.
 const COMPLETIONS_DIVISOR: u32 = 4;
-/// Two readings of the clock with nothing but looks between them are as far apart only if others ran.
+/// Two readings of the clock with nothing but looks between them are as far apart only if others ran, here or on the processor
+/// itself.
 const PUT_ASIDE: Duration = Duration::from_micros(200);
 /// How long a thread that others have put aside does not look, at first, and at most if they do it again and again.
 const MIN_PENALTY: Duration = Duration::from_millis(1);
@@ -143,12 +146,15 @@ impl Pacer {
         }
     }
 
-    /// A look found work. True if the looks before it did not: polling has saved a sleep.
-    pub fn worked(&mut self) -> bool {
-        let hit = self.looks > 0;
+    /// The last looks found nothing: if the next one does, polling has saved a sleep.
+    pub fn looks_in_vain(&self) -> bool {
+        self.looks > 0
+    }
+
+    /// A look found work.
+    pub fn worked(&mut self) {
         self.forget();
         self.make_way();
-        hit
     }
 
     /// Lets another data thread of this process run, if there are more of them than CPUs.
@@ -162,10 +168,15 @@ impl Pacer {
 
     /// A look found nothing.
     pub fn idle(&mut self, awaited: Awaited) -> Next {
-        self.idle_at(awaited, Instant::now)
+        self.idle_at(awaited, Instant::now, involuntary_switches)
     }
 
-    fn idle_at(&mut self, awaited: Awaited, now: impl FnOnce() -> Instant) -> Next {
+    fn idle_at(
+        &mut self,
+        awaited: Awaited,
+        now: impl FnOnce() -> Instant,
+        switches: impl FnOnce() -> i64,
+    ) -> Next {
         match self.policy.mode {
             PollMode::Never => return Next::Sleep,
             PollMode::Always => {}
@@ -177,7 +188,9 @@ impl Pacer {
                     let now = now();
                     let since = *self.since.get_or_insert(now);
                     let last = self.last.replace(now).unwrap_or(now);
-                    if self.others.want_cpu(last, now) || now.saturating_duration_since(since) >= window {
+                    if self.others.want_cpu(last, now, switches)
+                        || now.saturating_duration_since(since) >= window
+                    {
                         self.asleep = Some(now);
                         return Next::Sleep;
                     }
@@ -235,14 +248,16 @@ struct Others {
     waiting: bool,
     until: Option<Instant>,
     penalty: Duration,
+    /// How often the scheduler had taken the CPU away when the clock jumped last.
+    switches: i64,
     /// The thread has a short slice.
     short: bool,
 }
 
 impl Others {
     /// There was nothing but looks between `last` and `now`, both read from the clock. True if there are to be no more.
-    fn want_cpu(&mut self, last: Instant, now: Instant) -> bool {
-        if now.saturating_duration_since(last) >= PUT_ASIDE {
+    fn want_cpu(&mut self, last: Instant, now: Instant, switches: impl FnOnce() -> i64) -> bool {
+        if now.saturating_duration_since(last) >= PUT_ASIDE && self.switched(switches()) {
             // Soon again: they are here to stay.
             let soon =
                 self.until.is_some_and(|until| now.saturating_duration_since(until) < 16 * self.penalty);
@@ -253,6 +268,10 @@ impl Others {
             self.set(false);
         }
         self.waiting
+    }
+
+    fn switched(&mut self, switches: i64) -> bool {
+        std::mem::replace(&mut self.switches, switches) != switches
     }
 
     fn set(&mut self, waiting: bool) {
@@ -273,8 +292,18 @@ impl Others {
     }
 }
 
+/// How often the scheduler has taken the CPU away from this thread.
+fn involuntary_switches() -> i64 {
+    // It cannot fail.
+    getrusage(UsageWho::RUSAGE_THREAD).map_or(0, |usage| usage.involuntary_context_switches())
+}
+
 #[cfg(test)]
 mod tests {
+    use std::sync::atomic::{AtomicBool, Ordering};
+
+    use rustix::thread::{CpuSet, sched_getaffinity, sched_setaffinity};
+
     use super::*;
 
     const US: Duration = Duration::from_micros(1);
@@ -285,12 +314,13 @@ mod tests {
         now: Instant,
         looks: u64,
         sleeps: u64,
+        switches: i64,
     }
 
     impl Thread {
         fn new(mode: PollMode) -> Self {
             let pacer = Pacer::new(PollPolicy { mode, max: 50 * US });
-            Self { pacer, now: Instant::now(), looks: 0, sleeps: 0 }
+            Self { pacer, now: Instant::now(), looks: 0, sleeps: 0, switches: 0 }
         }
 
         /// Work comes after `gap`; what it takes to get it.
@@ -302,7 +332,8 @@ mod tests {
             let due = self.now + gap;
             while self.now < due {
                 let now = self.now;
-                match self.pacer.idle_at(awaited, || now) {
+                let switches = self.switches;
+                match self.pacer.idle_at(awaited, || now, || switches) {
                     Next::Look => {
                         self.looks += 1;
                         self.now += Duration::from_nanos(10);
@@ -322,12 +353,17 @@ mod tests {
     impl Thread {
         /// Others take its CPU while it looks. False: it does not look.
         fn put_aside(&mut self) -> bool {
+            self.switches += 1;
+            self.clock_jumps()
+        }
+
+        fn clock_jumps(&mut self) -> bool {
             for turn in 0..4 * LOOKS {
                 if turn == 2 * LOOKS {
                     self.now += Duration::from_millis(4);
                 }
-                let now = self.now;
-                if self.pacer.idle_at(Awaited::Driver, || now) == Next::Sleep {
+                let (now, switches) = (self.now, self.switches);
+                if self.pacer.idle_at(Awaited::Driver, || now, || switches) == Next::Sleep {
                     self.pacer.sleeps();
                     self.pacer.woke_at(|| now + 5 * US);
                     return turn >= 2 * LOOKS;
@@ -409,6 +445,47 @@ mod tests {
     }
 
     #[test]
+    fn a_clock_that_jumps_while_nobody_else_runs_here_says_nothing_of_others() {
+        let mut thread = Thread::new(PollMode::Adaptive);
+        for _ in 0..10 {
+            thread.gap(5 * US);
+            thread.gap(5 * US);
+            thread.clock_jumps();
+            assert!(!thread.pacer.others.waiting);
+        }
+    }
+
+    #[test]
+    fn the_scheduler_counts_what_it_takes_away() {
+        let pin = |cpu: usize| {
+            let mut one = CpuSet::new();
+            one.set(cpu);
+            sched_setaffinity(None, &one).unwrap();
+        };
+        let all = sched_getaffinity(None).unwrap();
+        let cpu = (0..CpuSet::MAX_CPU).find(|cpu| all.is_set(*cpu)).unwrap();
+        let done = AtomicBool::new(false);
+        let busy = || {
+            pin(cpu);
+            while !done.load(Ordering::Relaxed) {
+                std::hint::spin_loop();
+            }
+        };
+        let counts = || {
+            pin(cpu);
+            let (before, since) = (involuntary_switches(), Instant::now());
+            while involuntary_switches() == before {
+                assert!(since.elapsed() < Duration::from_secs(60));
+            }
+            done.store(true, Ordering::Relaxed);
+        };
+        std::thread::scope(|scope| {
+            scope.spawn(busy);
+            scope.spawn(counts);
+        });
+    }
+
+    #[test]
     fn the_other_modes_do_not_think() {
         let mut never = Thread::new(PollMode::Never);
         let mut always = Thread::new(PollMode::Always);
@@ -420,10 +497,12 @@ mod tests {
     }
 
     #[test]
-    fn a_hit_is_work_that_polling_found() {
+    fn looks_are_in_vain_until_one_finds_work() {
         let mut pacer = Pacer::new(PollPolicy { mode: PollMode::Always, max: US });
-        assert!(!pacer.worked());
+        assert!(!pacer.looks_in_vain());
         assert_eq!(pacer.idle(Awaited::Driver), Next::Look);
-        assert!(pacer.worked() && !pacer.worked());
+        assert!(pacer.looks_in_vain());
+        pacer.worked();
+        assert!(!pacer.looks_in_vain());
     }
 }

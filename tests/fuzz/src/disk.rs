@@ -28,7 +28,7 @@ impl Disk {
         let inline = inline.then(|| Arc::new(Inline::new(queues)));
         let host: Arc<dyn QueueHost> = match &inline {
             Some(inline) => inline.clone(),
-            None => Arc::new(Threads),
+            None => Arc::new(Threads::default()),
         };
         let device = BlockDevice::new(DiskConfig {
             name: "fuzz".into(),

@@ -44,16 +44,20 @@ impl Worker {
     /// Takes frames from the transmit queues that are looked at; how many.
     pub(super) fn look(&mut self) -> usize {
         let mut all = 0;
+        let hit = self.pacer.looks_in_vain();
         for i in 0..self.active.len() {
             let Some(id) = self.active.get(i).copied() else { break };
             let Some((pair, frames)) = self.transmit(id) else { continue };
             if all == 0
-                && self.pacer.worked()
+                && hit
                 && let Some(queue) = tx_of(&mut self.ports, id, pair)
             {
                 queue.ring.counters().poll_hits.add(1);
             }
             all += frames;
+        }
+        if all > 0 {
+            self.pacer.worked();
         }
         if !self.waiting.is_empty() {
             self.active.retain(|id| !self.waiting.contains(*id));

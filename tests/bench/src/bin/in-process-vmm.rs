@@ -106,7 +106,7 @@ fn run(args: &Args, started: Instant) -> anyhow::Result<ExitCode> {
     let mut inline = None;
     if let Some(disk) = args.disk.clone() {
         let host: Arc<dyn QueueHost> = match args.io {
-            Host::Thread if args.delay_ns == 0 => Arc::new(Threads),
+            Host::Thread if args.delay_ns == 0 => Arc::new(Threads::default()),
             Host::Thread => Arc::new(Slowed(Duration::from_nanos(args.delay_ns.into()))),
             Host::Inline => inline.insert(Arc::new(Inline::new(args.queues))).clone(),
         };

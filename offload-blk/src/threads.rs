@@ -1,0 +1,265 @@
+//! The threads that turn a disk's queues.
+
+use std::collections::HashMap;
+use std::collections::hash_map::Entry;
+use std::fmt;
+use std::io;
+use std::sync::{Mutex, PoisonError, mpsc};
+use std::time::Duration;
+
+use offload_card::poll::{
+    Awaited, Next, Order, Pacer, PollMode, PollPolicy, Poller, Receiver, Sender, cpus, mailbox,
+};
+use offload_card::slice;
+use proto::error::Error;
+use tracing::{Span, error};
+
+use crate::queue::{BlockQueue, Progress, QueueHost, QueueStart, host_error};
+use crate::worker::Worker;
+
+/// A thread needs little: its data is on the heap.
+const STACK_BYTES: usize = 256 * 1024;
+/// What the poller calls the thread's orders; queues are called by their places.
+const JOINING: u64 = u64::MAX;
+
+/// Threads of a disk: one per queue, or, if those were more than the processors that they may use, one per processor, each
+/// with several queues. Two threads on one processor would take turns as the scheduler pleases, and a queue would wait as long.
+///
+/// A thread with several queues stays, asleep, until the disk is dropped.
+#[derive(Debug, Default)]
+pub struct Threads {
+    /// Those with several queues.
+    shared: Mutex<HashMap<u16, Sender<Box<Joining>>>>,
+}
+
+/// A queue for a thread.
+struct Joining {
+    queue: QueueStart,
+    /// Hears whether the queue is served.
+    opened: mpsc::SyncSender<Result<(), Error>>,
+}
+
+impl fmt::Debug for Joining {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.queue.fmt(f)
+    }
+}
+
+impl QueueHost for Threads {
+    fn serve(&self, queue: QueueStart) -> Result<(), Error> {
+        let (index, disk) = (queue.index(), queue.device().to_owned());
+        let cannot = |what: &str, e: &io::Error| host_error(&disk, index, what, e);
+        let cpus = u16::try_from(cpus()).unwrap_or(u16::MAX).max(1);
+        let (policy, span) = (queue.policy, queue.span.clone());
+        let spawn = |name: u16, first: Option<Box<Joining>>, shared: Option<Shared>| {
+            let span = span.clone();
+            std::thread::Builder::new()
+                .name(format!("blk{name}:{disk}"))
+                .stack_size(STACK_BYTES)
+                .spawn(move || Thread::new(policy, span, shared).run(first))
+                .map(drop)
+                .map_err(|e| cannot("cannot start a thread", &e))
+        };
+        let (opening, opened) = mpsc::sync_channel(1);
+        let joining = Box::new(Joining { queue, opened: opening });
+        if joining.queue.queues <= cpus {
+            spawn(index, Some(joining), None)?;
+        } else {
+            let name = index % cpus;
+            let mut shared = self.shared.lock().unwrap_or_else(PoisonError::into_inner);
+            let thread = match shared.entry(name) {
+                Entry::Occupied(thread) => thread.into_mut(),
+                Entry::Vacant(place) => {
+                    let (sender, thread) = Shared::new().map_err(|e| cannot("cannot make an eventfd", &e))?;
+                    spawn(name, None, Some(thread))?;
+                    place.insert(sender)
+                }
+            };
+            // If it has died there is nobody to open the queue, which is then said.
+            drop(thread.send(joining));
+        }
+        opened.recv().unwrap_or_else(|e| Err(cannot("its thread has ended", &io::Error::other(e))))
+    }
+}
+
+/// What a thread with several queues waits with. One that is alone in its thread waits in its own way, which takes a system
+/// call less.
+struct Shared {
+    /// More queues to come.
+    joining: Receiver<Box<Joining>>,
+    poller: Poller,
+}
+
+impl Shared {
+    fn new() -> io::Result<(Sender<Box<Joining>>, Self)> {
+        let (sender, joining) = mailbox()?;
+        let poller = Poller::new()?;
+        poller.add_edge(joining.event(), JOINING)?;
+        Ok((sender, Self { joining, poller }))
+    }
+}
+
+/// A thread and its queues, by place.
+struct Thread {
+    policy: PollPolicy,
+    span: Span,
+    pacer: Pacer,
+    queues: Vec<Option<BlockQueue>>,
+    shared: Option<Shared>,
+    /// No more queues can come.
+    closed: bool,
+}
+
+impl Thread {
+    fn new(policy: PollPolicy, span: Span, shared: Option<Shared>) -> Self {
+        let closed = shared.is_none();
+        Self { policy, span, pacer: Pacer::new(policy), queues: Vec::new(), shared, closed }
+    }
+
+    /// Turns `first`, and those that join, until all have ended and none can come: the thread's main function.
+    fn run(mut self, first: Option<Box<Joining>>) {
+        let span = self.span.clone();
+        let _entered = span.enter();
+        if let Some(first) = first {
+            self.join(*first);
+        }
+        // The thread that started this one is of those that run soon; from here on it is about throughput.
+        let _ = slice::reset();
+        loop {
+            self.take_joining();
+            if self.closed && self.queues.iter().all(Option::is_none) {
+                return;
+            }
+            match self.turn() {
+                Progress::Worked => self.pacer.worked(),
+                // Until when is known: there is nothing to learn, and nothing to look for.
+                Progress::Throttled if self.policy.mode != PollMode::Always => self.sleep(),
+                Progress::Throttled => std::hint::spin_loop(),
+                progress @ (Progress::Waiting | Progress::Idle) => {
+                    let waiting = progress == Progress::Waiting;
+                    let awaited = if waiting { Awaited::Completions } else { Awaited::Driver };
+                    let sleepy = self.workers().any(|worker| worker.should_sleep());
+                    if sleepy || self.pacer.idle(awaited) == Next::Sleep {
+                        self.sleep();
+                    }
+                }
+                // There is no queue.
+                Progress::Ended => self.sleep(),
+            }
+        }
+    }
+
+    fn workers(&mut self) -> impl Iterator<Item = &mut Worker> {
+        self.queues.iter_mut().flatten().filter_map(BlockQueue::worker)
+    }
+
+    fn take_joining(&mut self) {
+        while !self.closed
+            && let Some(shared) = self.shared.as_ref().filter(|shared| shared.joining.pending())
+        {
+            match shared.joining.take() {
+                Order::Some(joining) => self.join(*joining),
+                Order::None => return,
+                Order::Closed => self.closed = true,
+            }
+        }
+    }
+
+    /// Opens a queue, which is the thread's from now on, and says what came of it.
+    fn join(&mut self, joining: Joining) {
+        let Joining { queue, opened } = joining;
+        let (index, disk) = (queue.index(), queue.device().to_owned());
+        let place = self.queues.iter().position(Option::is_none).unwrap_or(self.queues.len());
+        let queue = match &self.shared {
+            None => queue.open(),
+            Some(shared) => queue.open_among_others().and_then(|mut queue| {
+                let watched =
+                    queue.worker().map(|worker| shared.poller.add_level(worker.waits_on(), place as u64));
+                watched
+                    .unwrap_or(Ok(()))
+                    .map_err(|e| host_error(&disk, index, "its thread cannot wait for it", &e))
+                    .map(|()| queue)
+            }),
+        };
+        let result = queue.map(|queue| match self.queues.get_mut(place) {
+            Some(free) => *free = Some(queue),
+            None => self.queues.push(Some(queue)),
+        });
+        let _ = opened.send(result);
+    }
+
+    /// Turns each queue once. [`Progress::Ended`] if there is none.
+    fn turn(&mut self) -> Progress {
+        let hit = self.pacer.looks_in_vain();
+        let mut all = Progress::Ended;
+        for place in &mut self.queues {
+            let Some(queue) = place else { continue };
+            let progress = queue.turn();
+            match progress {
+                Progress::Ended => *place = None,
+                Progress::Worked if hit => {
+                    if let Some(worker) = queue.worker() {
+                        worker.ring().counters().poll_hits.add(1);
+                    }
+                }
+                Progress::Worked | Progress::Waiting | Progress::Throttled | Progress::Idle => {}
+            }
+            all = more(all, progress);
+        }
+        all
+    }
+
+    /// Sleeps until there may be something to do, unless there is already.
+    fn sleep(&mut self) {
+        self.pacer.sleeps();
+        match &self.shared {
+            None => self.queues.iter_mut().flatten().for_each(|queue| {
+                queue.sleep();
+            }),
+            Some(_) => self.sleep_for_all(),
+        }
+        self.pacer.woke();
+    }
+
+    fn sleep_for_all(&mut self) {
+        let mut timeout: Option<Duration> = None;
+        for worker in self.workers() {
+            let Some(sleep) = worker.prepare_sleep() else { return };
+            timeout = [timeout, sleep.timeout].into_iter().flatten().min();
+        }
+        if !self.closed && self.shared.as_ref().is_some_and(|shared| shared.joining.pending()) {
+            return;
+        }
+        self.workers().for_each(|worker| worker.ring().counters().sleeps.add(1));
+        let Self { shared: Some(shared), queues, .. } = self else { return };
+        match shared.poller.wait(timeout) {
+            Ok(tokens) => {
+                for token in tokens.filter(|token| *token != JOINING) {
+                    if let Some(Some(queue)) = queues.get_mut(token as usize)
+                        && let Some(worker) = queue.worker()
+                    {
+                        worker.woken();
+                    }
+                }
+            }
+            // As with one queue: nothing more can be known about what is in flight.
+            Err(e) => {
+                error!("cannot wait for I/O: {e}");
+                std::process::abort();
+            }
+        }
+    }
+}
+
+/// What a thread does next whose queues found `one` and `other`.
+fn more(one: Progress, other: Progress) -> Progress {
+    use Progress::{Ended, Idle, Throttled, Waiting, Worked};
+    let rank = |progress| match progress {
+        Ended => 0,
+        Throttled => 1,
+        Idle => 2,
+        Waiting => 3,
+        Worked => 4,
+    };
+    if rank(one) >= rank(other) { one } else { other }
+}
