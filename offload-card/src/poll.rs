@@ -1,6 +1,7 @@
 //! What a data thread's loop is made of: waiting for kicks, completions and orders, or looking for them.
 
 mod awake;
+mod contention;
 mod pace;
 
 use std::cell::Cell;

@@ -13,17 +13,13 @@
 //! requests are under way the gaps are others, and so is what a sleep costs: there is a window for these, too.
 //!
 //! A thread that looks while others wait for its CPU takes what it meant to save. Where these are data threads of the same
-//! process, they look and work in turns ([`Awake`]). That it is anybody else it finds out by its clock, which jumps when the
-//! scheduler lets others run, and by the scheduler's own count of that (a hypervisor below makes clocks jump, too); then it
-//! sleeps for want of work, for a while, as it would without polling.
+//! process, they look and work in turns ([`Awake`]); where it is anybody else ([`Others`]), it sleeps for want of work, for a
+//! while, as it would without polling.
 
 use std::time::{Duration, Instant};
 
-use nix::sys::resource::{UsageWho, getrusage};
-use tracing::debug;
-
 use super::awake::Awake;
-use crate::slice;
+use super::contention::{Others, Times};
 
 /// Looks between two looks at the clock.
 const LOOKS: u32 = 16;
@@ -31,12 +27,6 @@ const LOOKS: u32 = 16;
 const MIN_WINDOW: Duration = Duration::from_micros(2);
 /// What a sleep costs both sides is so many times what a completion's costs, which wakes nobody but the card.
 const COMPLETIONS_DIVISOR: u32 = 4;
-/// Two readings of the clock with nothing but looks between them are as far apart only if others ran, here or on the processor
-/// itself.
-const PUT_ASIDE: Duration = Duration::from_micros(200);
-/// How long a thread that others have put aside does not look, at first, and at most if they do it again and again.
-const MIN_PENALTY: Duration = Duration::from_millis(1);
-const MAX_PENALTY: Duration = Duration::from_secs(1);
 
 /// Longest window, if nobody says otherwise: as much CPU time as a sleep costs both sides, so that looking in vain never
 /// does worse than twice the better choice. `offload-bench` (one request at a time, `card-irq`), on KVM without hardware
@@ -120,8 +110,6 @@ pub struct Pacer {
     awaited: Awaited,
     /// When the first of them ended, roughly.
     since: Option<Instant>,
-    /// When the last one ended, roughly.
-    last: Option<Instant>,
     /// When the last one before a sleep ended.
     asleep: Option<Instant>,
     others: Others,
@@ -139,7 +127,6 @@ impl Pacer {
             looks: 0,
             awaited: Awaited::Driver,
             since: None,
-            last: None,
             asleep: None,
             others: Others::default(),
             awake,
@@ -168,14 +155,14 @@ impl Pacer {
 
     /// A look found nothing.
     pub fn idle(&mut self, awaited: Awaited) -> Next {
-        self.idle_at(awaited, Instant::now, involuntary_switches)
+        self.idle_at(awaited, Instant::now, Times::now)
     }
 
     fn idle_at(
         &mut self,
         awaited: Awaited,
         now: impl FnOnce() -> Instant,
-        switches: impl FnOnce() -> i64,
+        times: impl FnOnce() -> Option<Times>,
     ) -> Next {
         match self.policy.mode {
             PollMode::Never => return Next::Sleep,
@@ -184,13 +171,10 @@ impl Pacer {
                 let window = self.windows[awaited as usize];
                 self.awaited = awaited;
                 // A thread that is not to look reads the clock once per sleep.
-                if window.is_zero() || self.others.waiting || self.looks % LOOKS == LOOKS - 1 {
+                if window.is_zero() || self.others.waiting() || self.looks % LOOKS == LOOKS - 1 {
                     let now = now();
                     let since = *self.since.get_or_insert(now);
-                    let last = self.last.replace(now).unwrap_or(now);
-                    if self.others.want_cpu(last, now, switches)
-                        || now.saturating_duration_since(since) >= window
-                    {
+                    if self.others.want_cpu(now, times) || now.saturating_duration_since(since) >= window {
                         self.asleep = Some(now);
                         return Next::Sleep;
                     }
@@ -237,73 +221,12 @@ impl Pacer {
     }
 
     fn forget(&mut self) {
-        (self.looks, self.since, self.last) = (0, None, None);
+        (self.looks, self.since) = (0, None);
     }
-}
-
-/// Others that want the CPU of a thread that looks.
-#[derive(Debug, Default)]
-struct Others {
-    /// They have shown it: there is no looking until `until`.
-    waiting: bool,
-    until: Option<Instant>,
-    penalty: Duration,
-    /// How often the scheduler had taken the CPU away when the clock jumped last.
-    switches: i64,
-    /// The thread has a short slice.
-    short: bool,
-}
-
-impl Others {
-    /// There was nothing but looks between `last` and `now`, both read from the clock. True if there are to be no more.
-    fn want_cpu(&mut self, last: Instant, now: Instant, switches: impl FnOnce() -> i64) -> bool {
-        if now.saturating_duration_since(last) >= PUT_ASIDE && self.switched(switches()) {
-            // Soon again: they are here to stay.
-            let soon =
-                self.until.is_some_and(|until| now.saturating_duration_since(until) < 16 * self.penalty);
-            self.penalty = if soon { (2 * self.penalty).min(MAX_PENALTY) } else { MIN_PENALTY };
-            self.until = Some(now + self.penalty);
-            self.set(true);
-        } else if self.waiting && self.until.is_none_or(|until| until <= now) {
-            self.set(false);
-        }
-        self.waiting
-    }
-
-    fn switched(&mut self, switches: i64) -> bool {
-        std::mem::replace(&mut self.switches, switches) != switches
-    }
-
-    fn set(&mut self, waiting: bool) {
-        self.waiting = waiting;
-        self.set_short(waiting);
-    }
-
-    /// A thread that sleeps is to run as soon as it is woken, even where another one looks; and one that hands its CPU on
-    /// gives up the rest of its slice, which should be little.
-    fn set_short(&mut self, short: bool) {
-        if self.short != short {
-            self.short = short;
-            let slice = if short { slice::shorten() } else { slice::reset() };
-            if let Err(e) = slice {
-                debug!("the thread's time slice stays as it is: {e}");
-            }
-        }
-    }
-}
-
-/// How often the scheduler has taken the CPU away from this thread.
-fn involuntary_switches() -> i64 {
-    // It cannot fail.
-    getrusage(UsageWho::RUSAGE_THREAD).map_or(0, |usage| usage.involuntary_context_switches())
 }
 
 #[cfg(test)]
 mod tests {
-    use std::sync::atomic::{AtomicBool, Ordering};
-
-    use rustix::thread::{CpuSet, sched_getaffinity, sched_setaffinity};
-
     use super::*;
 
     const US: Duration = Duration::from_micros(1);
@@ -314,13 +237,12 @@ mod tests {
         now: Instant,
         looks: u64,
         sleeps: u64,
-        switches: i64,
     }
 
     impl Thread {
         fn new(mode: PollMode) -> Self {
             let pacer = Pacer::new(PollPolicy { mode, max: 50 * US });
-            Self { pacer, now: Instant::now(), looks: 0, sleeps: 0, switches: 0 }
+            Self { pacer, now: Instant::now(), looks: 0, sleeps: 0 }
         }
 
         /// Work comes after `gap`; what it takes to get it.
@@ -332,8 +254,7 @@ mod tests {
             let due = self.now + gap;
             while self.now < due {
                 let now = self.now;
-                let switches = self.switches;
-                match self.pacer.idle_at(awaited, || now, || switches) {
+                match self.pacer.idle_at(awaited, || now, || None) {
                     Next::Look => {
                         self.looks += 1;
                         self.now += Duration::from_nanos(10);
@@ -347,29 +268,6 @@ mod tests {
                 }
             }
             self.pacer.worked();
-        }
-    }
-
-    impl Thread {
-        /// Others take its CPU while it looks. False: it does not look.
-        fn put_aside(&mut self) -> bool {
-            self.switches += 1;
-            self.clock_jumps()
-        }
-
-        fn clock_jumps(&mut self) -> bool {
-            for turn in 0..4 * LOOKS {
-                if turn == 2 * LOOKS {
-                    self.now += Duration::from_millis(4);
-                }
-                let (now, switches) = (self.now, self.switches);
-                if self.pacer.idle_at(Awaited::Driver, || now, || switches) == Next::Sleep {
-                    self.pacer.sleeps();
-                    self.pacer.woke_at(|| now + 5 * US);
-                    return turn >= 2 * LOOKS;
-                }
-            }
-            panic!("it looks while others wait");
         }
     }
 
@@ -423,66 +321,6 @@ mod tests {
             thread.gap_of(Awaited::Completions, 5 * US);
         }
         assert_eq!(thread.sleeps, 102);
-    }
-
-    #[test]
-    fn a_thread_that_others_put_aside_looks_again_ever_later() {
-        let mut thread = Thread::new(PollMode::Adaptive);
-        let end = thread.now + Duration::from_secs(60);
-        let mut asides = 0;
-        while thread.now < end {
-            thread.now += Duration::from_millis(10);
-            thread.gap(5 * US);
-            asides += u32::from(thread.put_aside());
-        }
-        // 1 ms, 2 ms, 4 ms, and so on to 1 s.
-        assert!((60..80).contains(&asides), "{asides}");
-        thread.now += MAX_PENALTY;
-        let sleeps = thread.sleeps;
-        thread.gap(5 * US);
-        thread.gap(5 * US);
-        assert!(thread.sleeps <= sleeps + 1 && !thread.pacer.others.waiting, "alone again");
-    }
-
-    #[test]
-    fn a_clock_that_jumps_while_nobody_else_runs_here_says_nothing_of_others() {
-        let mut thread = Thread::new(PollMode::Adaptive);
-        for _ in 0..10 {
-            thread.gap(5 * US);
-            thread.gap(5 * US);
-            thread.clock_jumps();
-            assert!(!thread.pacer.others.waiting);
-        }
-    }
-
-    #[test]
-    fn the_scheduler_counts_what_it_takes_away() {
-        let pin = |cpu: usize| {
-            let mut one = CpuSet::new();
-            one.set(cpu);
-            sched_setaffinity(None, &one).unwrap();
-        };
-        let all = sched_getaffinity(None).unwrap();
-        let cpu = (0..CpuSet::MAX_CPU).find(|cpu| all.is_set(*cpu)).unwrap();
-        let done = AtomicBool::new(false);
-        let busy = || {
-            pin(cpu);
-            while !done.load(Ordering::Relaxed) {
-                std::hint::spin_loop();
-            }
-        };
-        let counts = || {
-            pin(cpu);
-            let (before, since) = (involuntary_switches(), Instant::now());
-            while involuntary_switches() == before {
-                assert!(since.elapsed() < Duration::from_secs(60));
-            }
-            done.store(true, Ordering::Relaxed);
-        };
-        std::thread::scope(|scope| {
-            scope.spawn(busy);
-            scope.spawn(counts);
-        });
     }
 
     #[test]
