@@ -4,7 +4,7 @@
 //! never as a DHCP server or a router. What it asks of everybody the card answers from what the control plane said, so
 //! no frame needs to go to everybody, and none does. Everything is decided on the copied head of the frame.
 
-use std::net::{Ipv4Addr, Ipv6Addr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use crate::answer::dhcp6;
 use crate::drops::DropReason;
@@ -12,7 +12,7 @@ use crate::frame::packet::{self, Arp, ICMPV6, Packet, Ports, Unclear, V4, V6};
 use crate::frame::{Bytes, ETH_HEADER, Frame};
 use crate::mac::MacAddr;
 use crate::metadata;
-use crate::subnet::{Interface, Subnet};
+use crate::subnet::{Interface, Neighbours, Subnet};
 
 const DHCP_SERVER: u16 = 67;
 const DHCP_CLIENT: u16 = 68;
@@ -95,6 +95,49 @@ pub fn from_uplink(subnet: &Subnet, frame: &Frame<'_>) -> Result<Verdict, DropRe
         },
         Packet::Arp(p) if p.operation == 1 => Verdict::Answer(Question::Arp(p)),
         Packet::Arp(_) => return Err(DropReason::Multicast),
+    };
+    contained(frame, verdict)
+}
+
+/// Judges a frame from an uplink behind which there are others: they may be whoever they like, but not those who are here,
+/// and neither servers nor routers of ours.
+///
+/// # Errors
+/// Why it goes nowhere.
+pub fn from_outside(
+    subnet: &Subnet,
+    neighbours: &Neighbours,
+    frame: &Frame<'_>,
+) -> Result<Verdict, DropReason> {
+    let ours = |address: IpAddr| neighbours.get(address).is_some();
+    let verdict = match packet::parse(frame.head, frame.bytes()).map_err(unclear)? {
+        Packet::V4(p) if ours(p.source.into()) => return Err(DropReason::SpoofedAddress),
+        Packet::V4(V4 { udp: Some(Ports { source: DHCP_SERVER, destination: DHCP_CLIENT }), .. }) => {
+            return Err(DropReason::Server);
+        }
+        Packet::V4(_) => Verdict::Forward,
+        Packet::V6(_) if subnet.ipv6.is_none() => return Err(DropReason::Protocol),
+        Packet::V6(p) if ours(p.source.into()) => return Err(DropReason::SpoofedAddress),
+        Packet::V6(V6 { udp: Some(Ports { source: DHCPV6_SERVER, destination: DHCPV6_CLIENT }), .. }) => {
+            return Err(DropReason::Server);
+        }
+        Packet::V6(p) => match icmpv6_type(frame.head, &p) {
+            Some(NEIGHBOUR_SOLICITATION) => solicitation(frame.head, &p)?,
+            Some(ROUTER_ADVERTISEMENT | REDIRECT) => return Err(DropReason::Server),
+            Some(NEIGHBOUR_ADVERTISEMENT) => {
+                let target = target(frame.head, &p).ok_or(DropReason::Malformed)?;
+                if ours(target.into()) {
+                    return Err(DropReason::SpoofedNeighbour);
+                }
+                Verdict::Forward
+            }
+            _ => Verdict::Forward,
+        },
+        Packet::Arp(p) if ours(p.sender.into()) => return Err(DropReason::SpoofedNeighbour),
+        Packet::Arp(p) if p.operation == 1 => Verdict::Answer(Question::Arp(p)),
+        // What a device has asked for.
+        Packet::Arp(p) if Some(p.sender_mac) == frame.source() => Verdict::Forward,
+        Packet::Arp(_) => return Err(DropReason::SpoofedNeighbour),
     };
     contained(frame, verdict)
 }

@@ -171,9 +171,12 @@ impl Networks {
             .resource(&spec.id)
             .remedy("choose another id, or delete the network first"));
         }
-        if let Some(other) = networks.values().find(|n| !spec.tap.is_empty() && n.spec.tap == spec.tap) {
-            let what = format!("interface {} is the uplink of network {}", spec.tap, other.spec.id);
-            return Err(Error::invalid_field("tap", what).resource(&spec.tap).remedy("choose another name"));
+        let (field, name) =
+            if spec.tap.is_empty() { ("interface", &spec.interface) } else { ("tap", &spec.tap) };
+        let has_it = |other: &NetworkSpec| !name.is_empty() && [&other.tap, &other.interface].contains(&name);
+        if let Some(other) = networks.values().find(|n| has_it(&n.spec)) {
+            let what = format!("interface {name} is the uplink of network {}", other.spec.id);
+            return Err(Error::invalid_field(field, what).resource(name).remedy("choose another name"));
         }
         if validate_only {
             return Ok(Vec::new());
@@ -196,7 +199,7 @@ impl Networks {
         match started {
             Ok(network) => {
                 networks.insert(spec.id.clone(), Entry::new(spec.clone(), Some(network)));
-                tracing::info!(network = spec.id, tap = spec.tap, "network created");
+                tracing::info!(network = spec.id, uplink = name, "network created");
                 Ok(Vec::new())
             }
             Err(e) => {
@@ -278,19 +281,19 @@ fn remove_nat(spec: &NetworkSpec, taps: &[String]) {
     }
 }
 
-/// A new network: the TAP must be there, or there is no network.
+/// A new network: its uplink must be there, or there is no network.
 fn start(id: &str, mut checked: Checked, making: &Making) -> Result<Network, Error> {
     let uplink = match checked.uplink.take() {
         Some(spec) => {
-            let tap = spec.open()?;
-            Uplink::Up(spec, tap)
+            let link = spec.open()?;
+            Uplink::Up(spec, link)
         }
         None => Uplink::None,
     };
     making.start(id, checked, uplink)
 }
 
-/// A network from before: it is there, with or without the TAP.
+/// A network from before: it is there, with or without its uplink.
 fn restart(spec: &NetworkSpec, making: &Making) -> Result<Network, Error> {
     let mut checked = check(spec)?;
     if let Some(nat) = checked.nat.take() {
@@ -298,7 +301,7 @@ fn restart(spec: &NetworkSpec, making: &Making) -> Result<Network, Error> {
     }
     let uplink = match checked.uplink.take() {
         Some(spec) => match spec.open() {
-            Ok(tap) => Uplink::Up(spec, tap),
+            Ok(link) => Uplink::Up(spec, link),
             Err(e) => {
                 tracing::error!("{e}; the network is there without its uplink, which is tried again");
                 Uplink::Down(spec)

@@ -34,15 +34,17 @@ pub struct Subnet {
     pub ipv4: Ipv4Net,
     /// Its IPv6 network.
     pub ipv6: Option<Ipv6Net>,
-    /// The gateway's IPv4 address: the host's on the TAP, or one that the card only answers for.
+    /// The gateway's IPv4 address: the host's on the TAP, somebody's behind the uplink, or one that the card only answers for.
     pub gateway: Ipv4Addr,
     /// Its IPv6 address, if there is an IPv6 network.
     pub gateway6: Option<Ipv6Addr>,
-    /// The gateway's MAC address, which is the TAP's. Made of the network's id: a TAP that is made again has the same,
+    /// The gateway's MAC address, which is the TAP's; or only what the card itself speaks as. Made of the network's id: a TAP that is made again has the same,
     /// and what guests have cached stays true.
     pub gateway_mac: MacAddr,
     /// There is a way out: the gateway is a router.
     pub routed: bool,
+    /// The gateway is not the host, but somebody behind the uplink, and others of the network may be there, too.
+    pub external: bool,
     /// Name servers; none: see [`Subnet::name_servers`].
     pub dns: Vec<Ipv4Addr>,
     /// Largest L3 packet in bytes.
@@ -57,7 +59,11 @@ impl Subnet {
     /// The field and what it may be.
     pub fn check(spec: &NetworkSpec, mtu: u32, host: &[Prefix]) -> Result<Option<Self>, Error> {
         if spec.ipv4_prefix.is_empty() {
-            let needs = [("ipv6_prefix", !spec.ipv6_prefix.is_empty()), ("dns", !spec.dns.is_empty())];
+            let needs = [
+                ("ipv6_prefix", !spec.ipv6_prefix.is_empty()),
+                ("dns", !spec.dns.is_empty()),
+                ("gateway", !spec.gateway.is_empty()),
+            ];
             return match needs.into_iter().find(|(_, there)| *there) {
                 Some((field, _)) => {
                     Err(Error::invalid_field(field, format!("a network without ipv4_prefix has no {field}"))
@@ -97,9 +103,14 @@ impl Subnet {
             ));
         }
         let on_host = |inside: &dyn Fn(IpAddr) -> bool| host.iter().map(|p| p.address).find(|a| inside(*a));
+        let external = !spec.interface.is_empty();
+        let given = match spec.gateway.as_str() {
+            "" => None,
+            text => Some(router(text, &ipv4, external)?),
+        };
         let gateway = match on_host(&|a| matches!(a, IpAddr::V4(a) if ipv4.contains(&a))) {
             Some(IpAddr::V4(a)) => a,
-            _ => first4(&ipv4),
+            _ => given.unwrap_or_else(|| first4(&ipv4)),
         };
         let gateway6 = ipv6.map(|net| match on_host(&|a| matches!(a, IpAddr::V6(a) if net.contains(&a))) {
             Some(IpAddr::V6(a)) => a,
@@ -116,7 +127,8 @@ impl Subnet {
             gateway,
             gateway6,
             gateway_mac: gateway_mac(&spec.id),
-            routed: !spec.tap.is_empty(),
+            routed: external || !spec.tap.is_empty(),
+            external,
             dns,
             // At most MTU_MAX: checked before.
             mtu: mtu.try_into().unwrap_or(u16::MAX),
@@ -126,6 +138,11 @@ impl Subnet {
     /// The gateway's link-local address, which is the TAP's.
     pub fn link_local(&self) -> Ipv6Addr {
         link_local(self.gateway_mac)
+    }
+
+    /// The card speaks as the router of its IPv6 network. Who is that behind an uplink, it does not know.
+    pub fn is_ipv6_router(&self) -> bool {
+        self.routed && !self.external
     }
 
     /// The gateway's addresses as the host has them on the TAP.
@@ -164,6 +181,20 @@ impl Subnet {
             _ => Ok(()),
         }
     }
+}
+
+/// The address of the router behind an uplink.
+fn router(text: &str, net: &Ipv4Net, external: bool) -> Result<Ipv4Addr, Error> {
+    let bad = |what: String| Error::invalid_field("gateway", what).resource(text);
+    if !external {
+        return Err(bad("a network without an interface of the host's has no gateway elsewhere".to_owned())
+            .remedy("the gateway is the host's address on the TAP: give that as host address"));
+    }
+    let address: Ipv4Addr = text.parse().map_err(|_| bad(format!("{text:?} is no IPv4 address")))?;
+    if !net.contains(&address) || address == net.network() || address == net.broadcast() {
+        return Err(bad(format!("{address} is no router's address in {net}")));
+    }
+    Ok(address)
 }
 
 fn network<N: std::str::FromStr>(field: &str, text: &str, example: &str) -> Result<N, Error> {
@@ -327,6 +358,9 @@ pub struct Neighbours(HashMap<IpAddr, MacAddr>);
 impl Neighbours {
     /// The gateway of a network, before any device comes.
     pub fn of(subnet: &Subnet) -> Self {
+        if subnet.external {
+            return Self::default();
+        }
         let link_local = subnet.ipv6.map(|_| subnet.link_local().into());
         let all = subnet.gateways().map(|p| p.address).chain(link_local);
         Self(all.map(|address| (address, subnet.gateway_mac)).collect())

@@ -350,7 +350,7 @@ Examples:
 pub(crate) enum NetworkCommand {
     /// Create a network
     #[command(
-        after_help = "Examples:\n  outboard network create private\n  outboard network create default --tap ob0 --address 10.88.0.1/24\n  outboard network create lan --tap ob1 --prefix 10.89.0.0/24 --nat"
+        after_help = "Examples:\n  outboard network create private\n  outboard network create default --tap ob0 --address 10.88.0.1/24\n  outboard network create lan --tap ob1 --prefix 10.89.0.0/24 --nat\n  outboard network create office --interface eth1 --prefix 192.168.7.0/24 --gateway 192.168.7.254"
     )]
     Create {
         /// Its name: a-z, 0-9 and '-'
@@ -358,6 +358,15 @@ pub(crate) enum NetworkCommand {
         /// Name of the host's interface in it; without one the network is for VMs only
         #[arg(long, value_name = "INTERFACE")]
         tap: Option<String>,
+        /// An interface that the host has, physical or one end of a veth pair, through which its VMs reach what is behind it
+        ///
+        /// It is not configured, and the host itself is not reached by it. With --prefix, that is the network behind it: VMs
+        /// get addresses of it from here and not from there.
+        #[arg(long, value_name = "INTERFACE", conflicts_with_all = ["tap", "addresses"])]
+        interface: Option<String>,
+        /// The gateway behind --interface [default: the first address of --prefix]
+        #[arg(long, value_name = "ADDRESS", requires_all = ["interface", "prefixes"])]
+        gateway: Option<Ipv4Addr>,
         /// An address of the host in it, like 10.88.0.1/24; may be given several times
         #[arg(long = "address", value_name = "ADDRESS/LENGTH")]
         addresses: Vec<String>,

@@ -224,7 +224,18 @@ async fn events(cli: &Cli, client: &Client, vm: String) -> Result<(), Failure> {
 async fn network(cli: &Cli, client: &Client, command: &NetworkCommand) -> Result<(), Failure> {
     let mut api = client.api();
     match command {
-        NetworkCommand::Create { name, tap, addresses, prefixes, dns, nat, mtu, card } => {
+        NetworkCommand::Create {
+            name,
+            tap,
+            interface,
+            gateway,
+            addresses,
+            prefixes,
+            dns,
+            nat,
+            mtu,
+            card,
+        } => {
             let (ipv4_prefix, ipv6_prefix) = by_version(prefixes)?;
             let spec = NetworkSpec {
                 id: name.clone(),
@@ -235,6 +246,8 @@ async fn network(cli: &Cli, client: &Client, command: &NetworkCommand) -> Result
                 ipv6_prefix,
                 dns: dns.iter().map(ToString::to_string).collect(),
                 nat: *nat,
+                interface: interface.clone().unwrap_or_default(),
+                gateway: gateway.map(|g| g.to_string()).unwrap_or_default(),
             };
             let card = card.clone().unwrap_or_default();
             let request = CreateNetworkRequest { spec: Some(spec), validate_only: false, card };

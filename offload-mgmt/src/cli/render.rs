@@ -237,9 +237,17 @@ pub(crate) fn networks(networks: &[Network]) -> String {
     let rows = networks.iter().map(|n| {
         let addresses = n.host_addresses.join(" ");
         let prefixes = format!("{} {}", n.ipv4_prefix, n.ipv6_prefix).trim().to_owned();
-        vec![n.id.clone(), prefixes, n.tap.clone(), addresses, n.mtu.to_string(), n.devices.len().to_string()]
+        let uplink = if n.tap.is_empty() { &n.interface } else { &n.tap };
+        vec![
+            n.id.clone(),
+            prefixes,
+            uplink.clone(),
+            addresses,
+            n.mtu.to_string(),
+            n.devices.len().to_string(),
+        ]
     });
-    table(&["NAME", "PREFIX", "TAP", "HOST ADDRESSES", "MTU", "DEVICES"], rows)
+    table(&["NAME", "PREFIX", "UPLINK", "HOST ADDRESSES", "MTU", "DEVICES"], rows)
 }
 
 /// `outboard security-group ls`

@@ -163,8 +163,12 @@ pub(crate) struct Slot {
 pub(crate) struct Network {
     /// Its name.
     pub id: String,
-    /// The host's interface in it; may be empty.
+    /// The host's interface in it, made by the card; may be empty.
     pub tap: String,
+    /// An interface of the host's that is its uplink instead; may be empty.
+    pub interface: String,
+    /// The gateway behind that; empty: the first address of its network.
+    pub gateway: String,
     /// The host's addresses in it.
     pub host_addresses: Vec<String>,
     /// Its IPv4 network; empty: a plain switch.
@@ -305,6 +309,8 @@ impl From<v1::Network> for Network {
         Self {
             id: spec.id,
             tap: spec.tap,
+            interface: spec.interface,
+            gateway: spec.gateway,
             host_addresses: spec.host_addresses,
             ipv4_prefix: spec.ipv4_prefix,
             ipv6_prefix: spec.ipv6_prefix,

@@ -255,16 +255,19 @@ pub(crate) fn network_not_found(network: &str) -> Error {
 /// INVALID_FIELD with the field's name.
 pub(crate) fn complete_network(mut spec: NetworkSpec) -> Result<NetworkSpec, Error> {
     check_name("spec.id", "a network's id", &spec.id, 32)?;
-    let tap_ok = spec.tap.len() <= 15
-        && spec.tap != "."
-        && spec.tap != ".."
-        && spec.tap.bytes().all(|c| c.is_ascii_graphic() && c != b'/' && c != b':');
-    if !tap_ok {
-        return Err(Error::invalid_field(
-            "spec.tap",
-            format!("\"{}\" cannot be a network interface's name", spec.tap),
-        )
-        .remedy("use up to 15 letters, digits and '-'"));
+    for (field, name) in [("spec.tap", &spec.tap), ("spec.interface", &spec.interface)] {
+        let ok = name.len() <= 15
+            && name != "."
+            && name != ".."
+            && name.bytes().all(|c| c.is_ascii_graphic() && c != b'/' && c != b':');
+        if !ok {
+            let what = format!("\"{name}\" cannot be a network interface's name");
+            return Err(Error::invalid_field(field, what).remedy("use up to 15 letters, digits and '-'"));
+        }
+    }
+    if !spec.tap.is_empty() && !spec.interface.is_empty() {
+        let what = "a network has a TAP or an interface of the host's, and not both";
+        return Err(Error::invalid_field("spec.interface", what).remedy("name one of them"));
     }
     if spec.tap.is_empty() && !spec.host_addresses.is_empty() {
         return Err(Error::invalid_field(

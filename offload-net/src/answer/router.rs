@@ -43,7 +43,7 @@ pub fn advertisement(
     let addresses = w.len;
     w.put(&subnet.link_local().octets()).put(&to.octets());
     let icmp = w.len;
-    let lifetime = if subnet.routed { ROUTER_SECONDS } else { 0 };
+    let lifetime = if subnet.is_ipv6_router() { ROUTER_SECONDS } else { 0 };
     w.put(&[ADVERTISEMENT, 0, 0, 0, HOP_LIMIT, MANAGED | OTHER]).put(&lifetime.to_be_bytes()).put(&[0; 8]);
     w.put(&[1, 1]).put(&subnet.gateway_mac.0);
     w.put(&[5, 1, 0, 0]).put(&u32::from(subnet.mtu).to_be_bytes());

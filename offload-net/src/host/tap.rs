@@ -9,6 +9,7 @@ use nix::errno::Errno;
 use proto::error::{Error, ErrorReason};
 use tonic::Code;
 
+use super::link;
 use super::nat;
 use super::netlink::{self, Prefix};
 use super::udev;
@@ -18,8 +19,6 @@ use crate::mac::MacAddr;
 
 /// Longest name of an interface (IFNAMSIZ without the final zero byte).
 pub const NAME_MAX: usize = 15;
-/// Most pieces of memory a frame to the host may be in, two of them its headers. Drivers use about 20.
-pub const PIECES_MAX: usize = 128;
 const DEVICE: &str = "/dev/net/tun";
 
 mod ioctl {
@@ -128,29 +127,10 @@ impl Tap {
     /// Gives one frame to the host, its payload straight from the sender's memory.
     ///
     /// # Errors
-    /// `WouldBlock` when the kernel's queue is full; `InvalidInput` for a frame in more than [`PIECES_MAX`] pieces or one
-    /// that the kernel does not take.
+    /// As [`link::Link::send`].
     pub fn send(&self, frame: &Frame<'_>) -> io::Result<()> {
         let header = VnetHeader { num_buffers: 0, ..VnetHeader::of(&frame.offloads) }.to_bytes();
-        let mut pieces = [libc::iovec { iov_base: std::ptr::null_mut(), iov_len: 0 }; PIECES_MAX];
-        let mut count = 0;
-        let mut add = |base: *const u8, iov_len: usize| {
-            if let Some(piece) = pieces.get_mut(count) {
-                *piece = libc::iovec { iov_base: base.cast_mut().cast(), iov_len };
-            }
-            count += 1;
-        };
-        add(header.as_ptr(), header.len());
-        add(frame.head.as_ptr(), frame.head.len());
-        frame.tail.for_each(frame.tail_bytes, |part| add(part.ptr_guard().as_ptr(), part.len()));
-        if count > PIECES_MAX {
-            return Err(io::ErrorKind::InvalidInput.into());
-        }
-        // SAFETY: the first `count` pieces are the header, the head and parts of the tail, all of which live until the
-        // end of this function, the tail because `frame` borrows what keeps it mapped. The kernel only reads them; that a
-        // guest may write to the tail meanwhile concerns nobody but the frame's receiver.
-        let n = unsafe { libc::writev(self.fd.as_raw_fd(), pieces.as_ptr(), count as libc::c_int) };
-        if n < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+        link::write(self.fd.as_fd(), &header, frame)
     }
 
     /// Deletes the interface.

@@ -62,8 +62,23 @@ impl Addressed {
     pub(super) fn judge(&self, frame: &Frame<'_>, from: Option<&Interface>) -> Result<Verdict, DropReason> {
         match from {
             Some(interface) => guard::from_device(&self.subnet, interface, frame),
+            None if self.subnet.external => guard::from_outside(&self.subnet, &self.neighbours, frame),
             None => guard::from_uplink(&self.subnet, frame),
         }
+    }
+
+    /// A device's question that nobody here can answer is for those behind the uplink.
+    pub(super) fn asks_outside(&self, question: Question) -> bool {
+        let outside =
+            |address: IpAddr| !metadata::is_service(address) && self.neighbours.get(address).is_none();
+        self.subnet.external
+            && match question {
+                Question::Arp(request) => outside(request.target.into()),
+                Question::Neighbour { target, .. } => outside(target.into()),
+                Question::Dhcp(_) | Question::Router(_) | Question::Dhcp6 { .. } | Question::Metadata(_) => {
+                    false
+                }
+            }
     }
 
     /// The answer made last, of which this is the length.
@@ -93,7 +108,7 @@ impl Addressed {
             Question::Neighbour { from: address, target } => match self.who_has(target.into(), from) {
                 Some(mac) if others(mac) => {
                     let asker = neighbour::Asker { mac: frame.source().unwrap_or(mac), address };
-                    let is_router = self.subnet.routed && mac == self.subnet.gateway_mac;
+                    let is_router = self.subnet.is_ipv6_router() && mac == self.subnet.gateway_mac;
                     Ok(neighbour::advertisement(asker, target, mac, is_router, &mut self.answer))
                 }
                 Some(_) => Ok(None),

@@ -181,14 +181,14 @@ impl Network {
         self.tell(Task::FlushCaptures);
     }
 
-    /// Deletes the network's TAP.
+    /// Lets go of the network's uplink, and deletes its TAP.
     ///
     /// # Errors
     /// What the kernel refuses.
     pub fn remove_uplink(&self) -> Result<(), Error> {
         // The network's thread only lets go of it: deleting an interface can take the kernel a while.
         match self.ask(Task::TakeUplink, Instant::now() + PATIENCE) {
-            Some(Some(tap)) => tap.remove(),
+            Some(Some(link)) => link.remove(),
             Some(None) => Ok(()),
             None => Err(no_answer()),
         }

@@ -1,4 +1,4 @@
-//! A network's uplink: its TAP, or the wish to have it back.
+//! A network's uplink: its TAP or its interface, or the wish to have it back.
 
 use std::os::fd::AsFd;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
@@ -8,19 +8,35 @@ use offload_card::event::Event;
 use offload_card::poll::Poller;
 use proto::error::Error;
 
+use crate::host::link::Link;
 use crate::host::netlink::Prefix;
+use crate::host::packet::PacketSocket;
 use crate::host::tap::Tap;
 use crate::mac::MacAddr;
 
-/// How often a TAP that is gone is made again.
+/// How often an uplink that is gone is tried again.
 const RETRY: Duration = Duration::from_secs(1);
 const STACK_BYTES: usize = 256 * 1024;
 
+/// What a network's uplink is to be.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum UplinkSpec {
+    /// A TAP of the card's.
+    Tap(TapSpec),
+    /// An interface of the host's.
+    Interface {
+        /// Its name.
+        name: String,
+        /// Largest L3 packet in bytes.
+        mtu: u32,
+    },
+}
+
 /// What the TAP of a network is to be.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct UplinkSpec {
+pub struct TapSpec {
     /// Its name.
-    pub tap: String,
+    pub name: String,
     /// Largest L3 packet in bytes.
     pub mtu: u32,
     /// The host's addresses on it.
@@ -32,14 +48,35 @@ pub struct UplinkSpec {
 }
 
 impl UplinkSpec {
+    /// Name of the interface.
+    pub fn name(&self) -> &str {
+        match self {
+            Self::Tap(tap) => &tap.name,
+            Self::Interface { name, .. } => name,
+        }
+    }
+
+    /// Makes it, or takes it.
+    ///
+    /// # Errors
+    /// What [`TapSpec::open`] and [`PacketSocket::open`] say.
+    pub fn open(&self) -> Result<Link, Error> {
+        Ok(match self {
+            Self::Tap(tap) => Link::Tap(tap.open()?),
+            Self::Interface { name, mtu } => Link::Interface(PacketSocket::open(name, *mtu)?),
+        })
+    }
+}
+
+impl TapSpec {
     /// Makes the TAP or takes it over, and configures it. A TAP that cannot be configured is removed again, unless it
     /// was there before.
     ///
     /// # Errors
     /// What [`Tap::open`] and [`Tap::configure`] say.
     pub fn open(&self) -> Result<Tap, Error> {
-        let existed = nix::net::if_::if_nametoindex(self.tap.as_str()).is_ok();
-        let tap = Tap::open(&self.tap)?;
+        let existed = nix::net::if_::if_nametoindex(self.name.as_str()).is_ok();
+        let tap = Tap::open(&self.name)?;
         if let Err(e) = tap.configure(self.mtu, self.mac, &self.addresses, self.nat) {
             if !existed && let Err(e) = tap.remove() {
                 tracing::warn!("{e}");
@@ -50,14 +87,14 @@ impl UplinkSpec {
     }
 }
 
-/// The uplink as the network's thread has it. A TAP can go at any time (`ip link del`): the network lives on without,
-/// and another thread tries to make it again, because that means to wait for the kernel.
+/// The uplink as the network's thread has it. An interface can go at any time (`ip link del`): the network lives on without,
+/// and another thread tries to have it again, because that means to wait for the kernel.
 #[derive(Debug)]
 pub enum Uplink {
     /// The network has none.
     None,
     /// It works.
-    Up(UplinkSpec, Tap),
+    Up(UplinkSpec, Link),
     /// It does not, and is to be made.
     Down(UplinkSpec),
     /// It is being made.
@@ -65,53 +102,59 @@ pub enum Uplink {
 }
 
 impl Uplink {
-    /// Has frames from the host reported as `token`; or, as `new_tap`, that there is a new TAP.
-    pub fn watch(&mut self, poller: &Poller, token: u64, new_tap: u64) {
+    /// Has frames from the host reported as `token`; or, as `new_link`, that the uplink is there again.
+    pub fn watch(&mut self, poller: &Poller, token: u64, new_link: u64) {
         match self {
-            Self::Up(_, tap) => {
-                if let Err(e) = poller.add_level(tap, token) {
-                    self.lost(poller, new_tap, &e);
+            Self::Up(_, link) => {
+                if let Err(e) = poller.add_level(link, token) {
+                    self.lost(poller, new_link, &e);
                 }
             }
-            Self::Down(spec) => match Maker::start(spec.clone(), poller, new_tap) {
+            Self::Down(spec) => match Maker::start(spec.clone(), poller, new_link) {
                 Ok(maker) => *self = Self::Awaited(spec.clone(), maker),
                 Err(e) => {
-                    tracing::error!(tap = spec.tap, "uplink cannot be made again: no thread for it: {e}");
+                    tracing::error!(
+                        uplink = spec.name(),
+                        "uplink cannot be made again: no thread for it: {e}"
+                    );
                 }
             },
             Self::None | Self::Awaited(..) => {}
         }
     }
 
-    /// A new TAP may be there.
-    pub fn made(&mut self, poller: &Poller, token: u64, new_tap: u64) {
+    /// It may be there again.
+    pub fn made(&mut self, poller: &Poller, token: u64, new_link: u64) {
         if let Self::Awaited(spec, maker) = self
-            && let Some(tap) = maker.take()
+            && let Some(link) = maker.take()
         {
-            tracing::info!(tap = spec.tap, "uplink is up again");
+            tracing::info!(uplink = spec.name(), "uplink is up again");
             let _ = poller.remove(&maker.shared.event);
-            *self = Self::Up(spec.clone(), tap);
-            self.watch(poller, token, new_tap);
+            *self = Self::Up(spec.clone(), link);
+            self.watch(poller, token, new_link);
         }
     }
 
-    /// The TAP does not work any more.
-    pub fn lost(&mut self, poller: &Poller, new_tap: u64, why: &std::io::Error) {
-        if let Self::Up(spec, tap) = self {
-            tracing::warn!(tap = spec.tap, "uplink lost: {why}; it is made again when that is possible");
+    /// It does not work any more.
+    pub fn lost(&mut self, poller: &Poller, new_link: u64, why: &std::io::Error) {
+        if let Self::Up(spec, link) = self {
+            tracing::warn!(
+                uplink = spec.name(),
+                "uplink lost: {why}; it is made again when that is possible"
+            );
             // Closing the only descriptor takes it out of the poller in any case.
-            let _ = poller.remove(&*tap);
+            let _ = poller.remove(&*link);
             *self = Self::Down(spec.clone());
-            self.watch(poller, 0, new_tap);
+            self.watch(poller, 0, new_link);
         }
     }
 
-    /// Its TAP, for the one who removes it. One that is still being made is removed by its maker.
-    pub fn take(self, poller: &Poller) -> Option<Tap> {
+    /// It, for the one who removes it. One that is still being made is removed by its maker.
+    pub fn take(self, poller: &Poller) -> Option<Link> {
         match self {
-            Self::Up(_, tap) => {
-                let _ = poller.remove(&tap);
-                Some(tap)
+            Self::Up(_, link) => {
+                let _ = poller.remove(&link);
+                Some(link)
             }
             Self::Awaited(_, maker) => {
                 let _ = poller.remove(&maker.shared.event);
@@ -122,7 +165,7 @@ impl Uplink {
     }
 }
 
-/// A thread that makes a TAP, as often as need be. Dropping this ends it.
+/// A thread that tries to have an uplink, as often as need be. Dropping this ends it.
 #[derive(Debug)]
 pub struct Maker {
     shared: Arc<Shared>,
@@ -132,14 +175,14 @@ pub struct Maker {
 struct Shared {
     progress: Mutex<Progress>,
     changed: Condvar,
-    /// Signalled when the TAP is there.
+    /// Signalled when it is there.
     event: Event,
 }
 
 #[derive(Debug)]
 enum Progress {
     Trying,
-    Made(Tap),
+    Made(Link),
     /// The network has it.
     Taken,
     /// Nobody wants it any more; one that comes late is to be removed, or to stay for the next process.
@@ -158,14 +201,14 @@ impl Shared {
             let made = spec.open();
             let mut progress = self.progress();
             match (&*progress, made) {
-                (Progress::Trying, Ok(tap)) => {
-                    *progress = Progress::Made(tap);
+                (Progress::Trying, Ok(link)) => {
+                    *progress = Progress::Made(link);
                     self.event.signal();
                     return;
                 }
                 (Progress::Trying, Err(e)) => tracing::debug!("{e}"),
-                (Progress::GivenUp { remove: true }, Ok(tap)) => {
-                    if let Err(e) = tap.remove() {
+                (Progress::GivenUp { remove: true }, Ok(link)) => {
+                    if let Err(e) = link.remove() {
                         tracing::warn!("{e}");
                     }
                     return;
@@ -197,10 +240,10 @@ impl Maker {
         Ok(Self { shared })
     }
 
-    fn take(&self) -> Option<Tap> {
+    fn take(&self) -> Option<Link> {
         let mut progress = self.shared.progress();
         match std::mem::replace(&mut *progress, Progress::Taken) {
-            Progress::Made(tap) => Some(tap),
+            Progress::Made(link) => Some(link),
             other => {
                 *progress = other;
                 None
@@ -208,18 +251,18 @@ impl Maker {
         }
     }
 
-    /// Ends it; the TAP, if it is there.
-    fn give_up(&self, remove: bool) -> Option<Tap> {
+    /// Ends it; what it has made, if it has.
+    fn give_up(&self, remove: bool) -> Option<Link> {
         let mut progress = self.shared.progress();
         let before = std::mem::replace(&mut *progress, Progress::Taken);
-        let (now, tap) = match before {
+        let (now, link) = match before {
             Progress::Trying => (Progress::GivenUp { remove }, None),
-            Progress::Made(tap) => (Progress::Taken, Some(tap)),
+            Progress::Made(link) => (Progress::Taken, Some(link)),
             over @ (Progress::Taken | Progress::GivenUp { .. }) => (over, None),
         };
         *progress = now;
         self.shared.changed.notify_all();
-        tap
+        link
     }
 }
 

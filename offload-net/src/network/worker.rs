@@ -32,7 +32,7 @@ const EVENTS_AFTER: usize = 32;
 const ORDERS: u64 = 0;
 const UPLINK: u64 = 1;
 /// A new TAP has been made.
-const NEW_TAP: u64 = 2;
+const NEW_LINK: u64 = 2;
 const FIRST_PORT: u64 = 3;
 
 /// The thread's state.
@@ -100,7 +100,7 @@ impl Worker {
             flows: None,
             from_host: vec![0; LEN + FRAME_MAX],
         };
-        worker.uplink.watch(&worker.poller, UPLINK, NEW_TAP);
+        worker.uplink.watch(&worker.poller, UPLINK, NEW_LINK);
         Ok(worker)
     }
 
@@ -137,7 +137,7 @@ impl Worker {
                         ORDERS if !self.take_tasks() => return,
                         ORDERS => {}
                         UPLINK => from_host = true,
-                        NEW_TAP => self.uplink.made(&self.poller, UPLINK, NEW_TAP),
+                        NEW_LINK => self.uplink.made(&self.poller, UPLINK, NEW_LINK),
                         queue => self.kicked(queue),
                     }
                 }

@@ -7,7 +7,7 @@ use crate::device::{MTU_MAX, MTU_MIN};
 use crate::host::nat::Nat;
 use crate::host::netlink::Prefix;
 use crate::host::tap;
-use crate::network::uplink::UplinkSpec;
+use crate::network::uplink::{TapSpec, UplinkSpec};
 use crate::subnet::Subnet;
 
 const DEFAULT_MTU: u32 = 1500;
@@ -42,6 +42,13 @@ pub(super) fn check(spec: &NetworkSpec) -> Result<Checked, Error> {
     let parse = |a: &String| a.parse().map_err(|e| Error::invalid_field("host_addresses", e));
     let mut addresses = spec.host_addresses.iter().map(parse).collect::<Result<Vec<Prefix>, _>>()?;
     let subnet = Subnet::check(spec, mtu, &addresses)?;
+    if !spec.tap.is_empty() && !spec.interface.is_empty() {
+        return Err(Error::invalid_field(
+            "interface",
+            "a network has a TAP or an interface of the host's, and not both",
+        )
+        .remedy("name one of them"));
+    }
     if spec.tap.is_empty() {
         if !addresses.is_empty() {
             return Err(Error::invalid_field(
@@ -55,7 +62,14 @@ pub(super) fn check(spec: &NetworkSpec) -> Result<Checked, Error> {
                 Error::invalid_field("nat", "a network without a TAP has no NAT").remedy("name a TAP")
             );
         }
-        return Ok(Checked { mtu, subnet, uplink: None, nat: None });
+        let uplink = match spec.interface.as_str() {
+            "" => None,
+            name => {
+                tap::check_name(name).map_err(|e| Error::invalid_field("interface", e))?;
+                Some(UplinkSpec::Interface { name: name.to_owned(), mtu })
+            }
+        };
+        return Ok(Checked { mtu, subnet, uplink, nat: None });
     }
     tap::check_name(&spec.tap).map_err(|e| Error::invalid_field("tap", e))?;
     for gateway in subnet.iter().flat_map(Subnet::gateways) {
@@ -72,6 +86,6 @@ pub(super) fn check(spec: &NetworkSpec) -> Result<Checked, Error> {
         }
     };
     let mac = subnet.as_ref().map(|s| s.gateway_mac);
-    let uplink = UplinkSpec { tap: spec.tap.clone(), mtu, addresses, mac, nat: spec.nat };
+    let uplink = UplinkSpec::Tap(TapSpec { name: spec.tap.clone(), mtu, addresses, mac, nat: spec.nat });
     Ok(Checked { mtu, subnet, uplink: Some(uplink), nat })
 }

@@ -3,13 +3,14 @@
 use vm_memory::VolatileSlice;
 
 use super::port::{Pair, Port, rx_of};
-use super::{NEW_TAP, Worker};
+use super::{NEW_LINK, Worker};
 use crate::capture::Direction;
 use crate::drops::DropReason;
 use crate::flow::{self, Action};
 use crate::frame::offload::Offloads;
 use crate::frame::{Bytes, Frame, HEAD_MAX, Memory};
 use crate::guard::{Question, Verdict};
+use crate::network::addressed::Addressed;
 use crate::network::uplink::Uplink;
 use crate::switch::{Egress, Ingress, PortId};
 
@@ -59,6 +60,10 @@ impl Worker {
 
     /// Answers a frame, to where it came from.
     fn answer(&mut self, frame: &Frame<'_>, from: Ingress, question: Question) -> Result<(), DropReason> {
+        let outside = |addressed: &Addressed| addressed.asks_outside(question);
+        if matches!(from, Ingress::Port(..)) && self.addressed.as_ref().is_some_and(outside) {
+            return self.send_up(frame);
+        }
         let Some(mut addressed) = self.addressed.take() else { return Ok(()) };
         let interface = match from {
             Ingress::Port(id, _) => self.ports.get(id.0).and_then(Option::as_ref).map(|p| &p.interface),
@@ -119,16 +124,16 @@ impl Worker {
 
     /// To the host.
     fn send_up(&mut self, frame: &Frame<'_>) -> Result<(), DropReason> {
-        let tap = match &self.uplink {
-            Uplink::Up(_, tap) => tap,
+        let link = match &self.uplink {
+            Uplink::Up(_, link) => link,
             Uplink::None => return Err(DropReason::NoDestination),
             Uplink::Down(_) | Uplink::Awaited(..) => return Err(DropReason::Uplink),
         };
-        match tap.send(frame) {
+        match link.send(frame) {
             Ok(()) => Ok(()),
             Err(e) => {
-                if e.raw_os_error() == Some(libc::EBADFD) {
-                    self.uplink.lost(&self.poller, NEW_TAP, &e);
+                if link.is_lost(&e) {
+                    self.uplink.lost(&self.poller, NEW_LINK, &e);
                 }
                 Err(DropReason::Uplink)
             }

@@ -14,7 +14,7 @@ use crate::capture::{self, Sink};
 use crate::conntrack::Filter;
 use crate::drops::Drops;
 use crate::flow::Recorder;
-use crate::host::tap::Tap;
+use crate::host::link::Link;
 use crate::mac::MacAddr;
 use crate::network::allowance::{Allowance, Exceeded};
 use crate::network::uplink::Uplink;
@@ -44,7 +44,7 @@ pub(in crate::network) enum Task {
     /// Frames are to be added up for the flow log.
     LogFlows(Box<Recorder>),
     /// Let go of the uplink: the network is about to go, and the TAP with it.
-    TakeUplink(SyncSender<Option<Tap>>),
+    TakeUplink(SyncSender<Option<Link>>),
 }
 
 /// Another device has this address.
@@ -118,8 +118,8 @@ impl Worker {
             Task::FlushCaptures => self.flush_captures(),
             Task::LogFlows(recorder) => self.flows = Some(recorder),
             Task::TakeUplink(reply) => {
-                let tap = std::mem::replace(&mut self.uplink, Uplink::None).take(&self.poller);
-                let _ = reply.send(tap);
+                let link = std::mem::replace(&mut self.uplink, Uplink::None).take(&self.poller);
+                let _ = reply.send(link);
             }
         }
     }

@@ -5,7 +5,7 @@ use std::io::ErrorKind;
 use vm_memory::VolatileSlice;
 
 use super::port::{Pair, Port, tx_of};
-use super::{NEW_TAP, Worker};
+use super::{NEW_LINK, Worker};
 use crate::capture::Direction;
 use crate::drops::DropReason;
 use crate::flow::{self, Action};
@@ -214,12 +214,12 @@ impl Worker {
             if bytes > BUDGET_BYTES {
                 break;
             }
-            let Uplink::Up(_, tap) = &self.uplink else { break };
-            let n = match tap.read(&mut buf) {
+            let Uplink::Up(_, link) = &self.uplink else { break };
+            let n = match link.read(&mut buf) {
                 Ok(n) => n,
                 Err(e) if e.kind() == ErrorKind::WouldBlock => break,
                 Err(e) => {
-                    self.uplink.lost(&self.poller, NEW_TAP, &e);
+                    self.uplink.lost(&self.poller, NEW_LINK, &e);
                     break;
                 }
             };

@@ -89,6 +89,10 @@ struct Send {
     sent: u64,
     /// With TCP: connections that have been opened, one for each flow.
     opened: usize,
+    /// When they are opened once more: a receiver that was not there yet has not seen it, nor has what tracks its connections.
+    again: u64,
+    /// Ticks from one time to the next; 0: without connections.
+    reopening: u64,
     size: usize,
     seed: u64,
     protocol: Protocol,
@@ -110,7 +114,9 @@ pub(crate) fn send<'c>(
     let talk = Send {
         count: args.count,
         sent: 0,
-        opened: if args.protocol == Protocol::Tcp { 0 } else { usize::MAX },
+        opened: usize::MAX,
+        again: 0,
+        reopening: if args.protocol == Protocol::Tcp { context.clock.ticks(10_000) } else { 0 },
         size,
         seed: net.seed,
         protocol: args.protocol,
@@ -139,6 +145,10 @@ impl Talk for Send {
 
     fn transmit(&mut self, now: u64, counters: &mut Counters, out: &mut Outbox<'_, '_>) -> bool {
         let Some(flow) = out.peer() else { return false };
+        if self.reopening > 0 && now >= self.again {
+            self.opened = 0;
+            self.again = now + self.reopening;
+        }
         while self.opened < out.flows() {
             if !out.send(&flow, true, Protocol::TcpSyn, 0, |_| ()) {
                 return false;
