@@ -152,6 +152,10 @@ impl Guest {
     /// Sends bytes that need not be a frame.
     pub fn send_raw(&mut self, bytes: &[u8], piece: usize) {
         while self.tx.used().is_some() {}
+        // Before anything is written: where it goes may be what the card has yet to read.
+        while !self.tx.has_room(bytes.len().div_ceil(piece)) {
+            self.tx.wait_used(PATIENCE).expect("the card takes frames");
+        }
         let address = TX_BUFFERS + (self.sent % u64::from(SIZE)) * TX_SLOT;
         self.sent += 1;
         self.mem.write_slice(bytes, GuestAddress(address)).unwrap();
@@ -159,9 +163,7 @@ impl Guest {
             .step_by(piece)
             .map(|at| (address + at as u64, piece.min(bytes.len() - at) as u32, false))
             .collect();
-        while self.tx.add(&buffers).is_none() {
-            self.tx.wait_used(PATIENCE).expect("the card takes frames");
-        }
+        self.tx.add(&buffers).expect("there is room");
         self.tx.kick();
     }
 

@@ -80,6 +80,11 @@ impl Queue {
         self.write(a + 2, self.avail_idx);
     }
 
+    /// A chain of so many buffers can be offered.
+    pub fn has_room(&self, buffers: usize) -> bool {
+        self.free.len() >= buffers
+    }
+
     /// Offers a chain of buffers (address, length, device may write); its head, or `None` if the table is full.
     pub fn add(&mut self, buffers: &[(u64, u32, bool)]) -> Option<u16> {
         if self.free.len() < buffers.len() {
