@@ -91,7 +91,7 @@ impl Metric {
             Self::LostPercent => ("guest CPU time lost to I/O", "lost", Percent),
             Self::MaxGapNs => ("longest stand-still of the guest", "max gap", Nanoseconds),
             Self::LostNsPerOp => ("guest CPU time lost per operation", "lost/op", Nanoseconds),
-            Self::Fairness => ("fairness between guests (Jain's index)", "fairness", Index),
+            Self::Fairness => ("fairness between guests or queues (Jain's index)", "fairness", Index),
             Self::BackendPercent => ("CPU use of the back-end", "back-end", Percent),
             Self::WakeupsPerS => ("wake-ups of the hypervisor per second", "wake-ups/s", PerSecond),
             Self::FirstLineNs => ("process start to first line", "first line", Nanoseconds),

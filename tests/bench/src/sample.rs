@@ -187,6 +187,11 @@ fn of_job(result: &Report) -> anyhow::Result<Sample> {
     ] {
         values.extend(result[key].as_f64().map(|value| (metric, value)));
     }
+    // Of a disk with several queues; what the guest asks of them is the same.
+    if let Some(queues) = result["per_queue"].as_array().filter(|queues| queues.len() > 1) {
+        let each: Vec<f64> = queues.iter().filter_map(|queue| queue["ops"].as_f64()).collect();
+        values.insert(Metric::Fairness, fairness(&each));
+    }
     if let Some(classes) = result["latency"].as_array() {
         sample.latency =
             classes.iter().filter_map(|class| Some((class[0].as_u64()?, class[1].as_u64()?))).collect();
@@ -336,6 +341,16 @@ mod tests {
         assert_eq!(fairness(&[2.0, 2.0, 2.0]), 1.0);
         assert_eq!(fairness(&[1.0, 0.0]), 0.5);
         assert_eq!(fairness(&[]), 0.0);
+    }
+
+    #[test]
+    fn a_queue_that_is_hardly_served_shows() {
+        let mut report =
+            json!({"ops": 1000, "bytes": 0, "measured_us": 1000, "per_queue": [{"ops": 900}, {"ops": 100}]});
+        let sample = of_job(&report).unwrap();
+        assert!((sample.values[&Metric::Fairness] - 1.0 / 1.64).abs() < 1e-9);
+        report["per_queue"] = json!([{"ops": 1000}]);
+        assert!(!of_job(&report).unwrap().values.contains_key(&Metric::Fairness));
     }
 
     #[test]

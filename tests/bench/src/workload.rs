@@ -231,6 +231,9 @@ impl Workload {
             Self::Block(b) if b.block_bytes >= 65536 => {
                 vec![BytesPerS, P50Ns, P99Ns, BackendNsPerOp, VcpuNsPerOp, UserExitsPerOp, KicksPerOp]
             }
+            Self::Block(b) if b.queues > 1 => {
+                vec![OpsPerS, P50Ns, P99Ns, Fairness, BackendNsPerOp, VcpuNsPerOp, UserExitsPerOp, KicksPerOp]
+            }
             Self::Block(_) => {
                 vec![OpsPerS, P50Ns, P99Ns, BackendNsPerOp, VcpuNsPerOp, UserExitsPerOp, KicksPerOp]
             }

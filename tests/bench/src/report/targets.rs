@@ -45,6 +45,9 @@ struct Target {
 }
 
 /// How a run stands to a target.
+/// Queues that are asked the same are served alike from here on.
+const FAIR: f64 = 0.9;
+
 #[derive(Debug, Clone, PartialEq)]
 pub(crate) struct Outcome {
     pub(crate) name: &'static str,
@@ -174,7 +177,12 @@ impl Target {
             Rule::RatioAtMost(role, limit) => relative(role, limit, 1.0, |v, limit| v <= limit),
             Rule::RatioBelow(role, limit) => relative(role, limit, 1.0, |v, limit| v < limit),
             Rule::NeverWorse(role) => {
-                let (ratio, text) = ratio(role)?;
+                let (ratio, mut text) = ratio(role)?;
+                let fairness = of_role(cell, role).and_then(|other| cell.summary(other, Metric::Fairness));
+                if let Some(fairness) = fairness.filter(|f| metric != Metric::Fairness && f.median < FAIR) {
+                    let fairness = Metric::Fairness.format(fairness.median);
+                    text.push_str(&format!("; the latter hardly serves some queues (fairness {fairness})"));
+                }
                 let better = metric.better();
                 let worse = better.than(1.0, ratio.value) && ratio.excludes(1.0);
                 let excess = if better.than(2.0, 1.0) { 1.0 - ratio.value } else { ratio.value - 1.0 };

@@ -17,7 +17,7 @@ const GROUPS: Role = &["card-groups"];
 /// DPDK's testpmd between two guests of ours.
 const TESTPMD: Role = &["testpmd"];
 
-pub(super) const TARGETS: [Target; 41] = {
+pub(super) const TARGETS: [Target; 42] = {
     use Metric::*;
     use Rule::*;
     const fn target(
@@ -101,6 +101,13 @@ pub(super) const TARGETS: [Target; 41] = {
             "block/buffered/rand*-4k/*/poll",
             DEFAULT_CARD,
             P99Ns,
+            NeverWorse(DAEMON),
+        ),
+        target(
+            "Page cache, queues of one disk served alike by card and storage daemon",
+            "block/buffered/rand*-4k/*/q2/poll",
+            DEFAULT_CARD,
+            Fairness,
             NeverWorse(DAEMON),
         ),
         target(
