@@ -136,8 +136,9 @@ pub fn from_outside(
         Packet::Arp(p) if ours(p.sender.into()) => return Err(DropReason::SpoofedNeighbour),
         Packet::Arp(p) if p.operation == 1 => Verdict::Answer(Question::Arp(p)),
         // What a device has asked for.
-        Packet::Arp(p) if Some(p.sender_mac) == frame.source() => Verdict::Forward,
-        Packet::Arp(_) => return Err(DropReason::SpoofedNeighbour),
+        Packet::Arp(p) if p.operation == 2 && Some(p.sender_mac) == frame.source() => Verdict::Forward,
+        Packet::Arp(p) if p.operation == 2 => return Err(DropReason::SpoofedNeighbour),
+        Packet::Arp(_) => return Err(DropReason::Protocol),
     };
     contained(frame, verdict)
 }

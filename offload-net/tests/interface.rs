@@ -208,7 +208,10 @@ fn who_is_behind_the_interface_cannot_speak_as_a_guest_or_as_a_server() {
     let mut claim = [guest.mac, mac].concat();
     claim.extend([8, 6, 0, 1, 8, 0, 6, 4, 0, 2]);
     claim.extend(mac.iter().chain(&OTHER).chain(&guest.mac).chain(&OWN));
-    for bad in [as_other, server, tagged, claim] {
+    let mut reverse = claim.clone();
+    reverse[21] = 3;
+    reverse[28..32].copy_from_slice(&WORLD);
+    for bad in [as_other, server, tagged, claim, reverse] {
         put(&outside, bad);
     }
     put(&outside, good.clone());

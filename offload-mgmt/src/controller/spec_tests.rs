@@ -150,6 +150,8 @@ fn networks_are_checked() {
     assert_eq!(field(|s| s.id = "a_b".into()), "spec.id");
     assert_eq!(field(|s| s.tap = "sixteen-letters-".into()), "spec.tap");
     assert_eq!(field(|s| s.tap = "a/b".into()), "spec.tap");
+    assert_eq!(field(|s| s.interface = "a/b".into()), "spec.interface");
+    assert_eq!(field(|s| (s.tap, s.interface) = ("t".into(), "eth1".into())), "spec.interface");
     assert_eq!(field(|s| s.host_addresses = vec!["10.0.0.1/24".into()]), "spec.host_addresses");
     assert_eq!(
         field(|s| (s.tap, s.host_addresses) = ("t".into(), vec!["10.0.0.1".into()])),

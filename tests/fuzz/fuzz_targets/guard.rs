@@ -1,5 +1,6 @@
 //! A frame that a guest sends into a network with a prefix: what is let through is in the guest's own name and meant for
-//! one receiver, and what is answered is answered with the truth.
+//! one receiver, and what is answered is answered with the truth. The same frame from behind an uplink: what is let through is
+//! in nobody's name who is here.
 #![no_main]
 
 use std::net::Ipv6Addr;
@@ -13,10 +14,15 @@ use offload_net::frame::offload::Offloads;
 use offload_net::frame::{Bytes, ETH_HEADER, Frame, HEAD_MAX, Memory};
 use offload_net::guard::{self, Question, Verdict};
 use offload_net::metadata::{ADDRESS_V4, ADDRESS_V6};
-use offload_net::subnet::Interface;
+use offload_net::subnet::{Interface, Neighbours};
 use vm_memory::VolatileSlice;
 
 static INTERFACE: LazyLock<Interface> = LazyLock::new(vpc::interface);
+static NEIGHBOURS: LazyLock<Neighbours> = LazyLock::new(|| {
+    let mut neighbours = Neighbours::default();
+    neighbours.insert(&INTERFACE).expect("nobody else is there");
+    neighbours
+});
 
 fuzz_target!(|data: &[u8]| {
     let mut input = Input::new(data);
@@ -40,6 +46,9 @@ fuzz_target!(|data: &[u8]| {
         offloads: Offloads::default(),
     };
     let _ = guard::from_uplink(&SUBNET, &frame);
+    if guard::from_outside(&SUBNET, &NEIGHBOURS, &frame) == Ok(Verdict::Forward) {
+        from_outside(&bytes);
+    }
     match guard::from_device(&SUBNET, &INTERFACE, &frame) {
         Err(_) => {}
         Ok(Verdict::Forward) => forwarded(&bytes),
@@ -88,6 +97,27 @@ fn copied(frame: &Frame<'_>, bytes: &[u8], part: Bytes) -> Vec<u8> {
     assert!(frame.copy_out(part.start, &mut copy), "it lies in the frame");
     assert_eq!(copy, bytes[part.start..part.start + part.len]);
     copy
+}
+
+/// By other means than the guard's.
+fn from_outside(f: &[u8]) {
+    assert!(f[0] & 1 == 0);
+    match f[12..14] {
+        [8, 0] => {
+            assert_ne!(f[26..30], OWN);
+            let l4 = 14 + usize::from(f[14] & 15) * 4;
+            let first = f[20] & 0x1f == 0 && f[21] == 0;
+            assert!(!(f[23] == 17 && first && f[l4..l4 + 4] == [0, 67, 0, 68]), "a DHCP server");
+        }
+        [0x86, 0xdd] => {
+            assert!(!own6(first16(&f[22..]).into()));
+            assert!(!(f[20] == 58 && [134, 135, 137].contains(&f[54])), "a router, or a question");
+            assert!(!(f[20] == 58 && f[54] == 136 && own6(first16(&f[62..]).into())), "our address");
+            assert!(!(f[20] == 17 && f[54..58] == [2, 35, 2, 34]), "a DHCPv6 server");
+        }
+        [8, 6] => assert!(f[20..22] == [0, 2] && f[28..32] != OWN && f[22..28] == f[6..12]),
+        _ => panic!("another protocol"),
+    }
 }
 
 /// By other means than the guard's.
