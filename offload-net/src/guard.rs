@@ -99,8 +99,8 @@ pub fn from_uplink(subnet: &Subnet, frame: &Frame<'_>) -> Result<Verdict, DropRe
     contained(frame, verdict)
 }
 
-/// Judges a frame from an uplink behind which there are others: they may be whoever they like, but not those who are here,
-/// and neither servers nor routers of ours.
+/// Judges a frame from an uplink behind which there are others: they may be whoever they like, but not those who are here, the
+/// metadata service among them, and neither servers nor routers of ours.
 ///
 /// # Errors
 /// Why it goes nowhere.
@@ -109,7 +109,7 @@ pub fn from_outside(
     neighbours: &Neighbours,
     frame: &Frame<'_>,
 ) -> Result<Verdict, DropReason> {
-    let ours = |address: IpAddr| neighbours.get(address).is_some();
+    let ours = |address: IpAddr| neighbours.get(address).is_some() || metadata::is_service(address);
     let verdict = match packet::parse(frame.head, frame.bytes()).map_err(unclear)? {
         Packet::V4(p) if ours(p.source.into()) => return Err(DropReason::SpoofedAddress),
         Packet::V4(V4 { udp: Some(Ports { source: DHCP_SERVER, destination: DHCP_CLIENT }), .. }) => {

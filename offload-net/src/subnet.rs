@@ -38,8 +38,8 @@ pub struct Subnet {
     pub gateway: Ipv4Addr,
     /// Its IPv6 address, if there is an IPv6 network.
     pub gateway6: Option<Ipv6Addr>,
-    /// The gateway's MAC address, which is the TAP's; or only what the card itself speaks as. Made of the network's id: a TAP that is made again has the same,
-    /// and what guests have cached stays true.
+    /// The gateway's MAC address, which is the TAP's; or only what the card itself speaks as. Made of the network's id: a TAP
+    /// that is made again has the same, and what guests have cached stays true.
     pub gateway_mac: MacAddr,
     /// There is a way out: the gateway is a router.
     pub routed: bool,

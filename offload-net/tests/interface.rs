@@ -208,10 +208,14 @@ fn who_is_behind_the_interface_cannot_speak_as_a_guest_or_as_a_server() {
     let mut claim = [guest.mac, mac].concat();
     claim.extend([8, 6, 0, 1, 8, 0, 6, 4, 0, 2]);
     claim.extend(mac.iter().chain(&OTHER).chain(&guest.mac).chain(&OWN));
+    let service = [169, 254, 169, 254];
+    let as_service = udp4((guest.mac, mac), (service, 80), (OWN, 2), b"user data", false);
+    let mut service_is = claim.clone();
+    service_is[28..32].copy_from_slice(&service);
     let mut reverse = claim.clone();
     reverse[21] = 3;
     reverse[28..32].copy_from_slice(&WORLD);
-    for bad in [as_other, server, tagged, claim, reverse] {
+    for bad in [as_other, as_service, server, tagged, claim, service_is, reverse] {
         put(&outside, bad);
     }
     put(&outside, good.clone());

@@ -104,18 +104,21 @@ fn from_outside(f: &[u8]) {
     assert!(f[0] & 1 == 0);
     match f[12..14] {
         [8, 0] => {
-            assert_ne!(f[26..30], OWN);
+            assert!(f[26..30] != OWN && f[26..30] != ADDRESS_V4.octets());
             let l4 = 14 + usize::from(f[14] & 15) * 4;
             let first = f[20] & 0x1f == 0 && f[21] == 0;
             assert!(!(f[23] == 17 && first && f[l4..l4 + 4] == [0, 67, 0, 68]), "a DHCP server");
         }
         [0x86, 0xdd] => {
-            assert!(!own6(first16(&f[22..]).into()));
+            assert!(!own6(first16(&f[22..]).into()) && f[22..38] != ADDRESS_V6.octets());
             assert!(!(f[20] == 58 && [134, 135, 137].contains(&f[54])), "a router, or a question");
             assert!(!(f[20] == 58 && f[54] == 136 && own6(first16(&f[62..]).into())), "our address");
             assert!(!(f[20] == 17 && f[54..58] == [2, 35, 2, 34]), "a DHCPv6 server");
         }
-        [8, 6] => assert!(f[20..22] == [0, 2] && f[28..32] != OWN && f[22..28] == f[6..12]),
+        [8, 6] => {
+            assert!(f[20..22] == [0, 2] && f[22..28] == f[6..12]);
+            assert!(f[28..32] != OWN && f[28..32] != ADDRESS_V4.octets());
+        }
         _ => panic!("another protocol"),
     }
 }
