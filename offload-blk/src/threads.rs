@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::collections::hash_map::Entry;
 use std::fmt;
 use std::io;
-use std::sync::{Mutex, PoisonError, mpsc};
+use std::sync::{Arc, Mutex, PoisonError, mpsc};
 use std::time::Duration;
 
 use offload_card::poll::{
@@ -24,13 +24,13 @@ const JOINING: u64 = u64::MAX;
 
 /// Threads of a disk: one per queue, or, if those were more than the processors that they may use, one per processor, each
 /// with several queues. Two threads on one processor would take turns as the scheduler pleases, and a queue would wait as long.
-///
-/// A thread with several queues stays, asleep, until the disk is dropped.
 #[derive(Debug, Default)]
 pub struct Threads {
-    /// Those with several queues.
-    shared: Mutex<HashMap<u16, Sender<Box<Joining>>>>,
+    shared: Arc<Mutex<Teams>>,
 }
+
+/// Threads with several queues, by number. A queue is sent while this is locked, and a thread that has none locks it to leave.
+type Teams = HashMap<u16, Sender<Box<Joining>>>;
 
 /// A queue for a thread.
 struct Joining {
@@ -66,11 +66,12 @@ impl QueueHost for Threads {
             spawn(index, Some(joining), None)?;
         } else {
             let name = index % cpus;
-            let mut shared = self.shared.lock().unwrap_or_else(PoisonError::into_inner);
-            let thread = match shared.entry(name) {
+            let mut teams = self.shared.lock().unwrap_or_else(PoisonError::into_inner);
+            let thread = match teams.entry(name) {
                 Entry::Occupied(thread) => thread.into_mut(),
                 Entry::Vacant(place) => {
-                    let (sender, thread) = Shared::new().map_err(|e| cannot("cannot make an eventfd", &e))?;
+                    let (sender, thread) = Shared::new(name, self.shared.clone())
+                        .map_err(|e| cannot("cannot make an eventfd", &e))?;
                     spawn(name, None, Some(thread))?;
                     place.insert(sender)
                 }
@@ -85,17 +86,29 @@ impl QueueHost for Threads {
 /// What a thread with several queues waits with. One that is alone in its thread waits in its own way, which takes a system
 /// call less.
 struct Shared {
+    name: u16,
+    teams: Arc<Mutex<Teams>>,
     /// More queues to come.
     joining: Receiver<Box<Joining>>,
     poller: Poller,
 }
 
 impl Shared {
-    fn new() -> io::Result<(Sender<Box<Joining>>, Self)> {
+    fn new(name: u16, teams: Arc<Mutex<Teams>>) -> io::Result<(Sender<Box<Joining>>, Self)> {
         let (sender, joining) = mailbox()?;
         let poller = Poller::new()?;
         poller.add_edge(joining.event(), JOINING)?;
-        Ok((sender, Self { joining, poller }))
+        Ok((sender, Self { name, teams, joining, poller }))
+    }
+
+    /// Nobody sends a queue any more; false if one has been sent.
+    fn leave(&self) -> bool {
+        let mut teams = self.teams.lock().unwrap_or_else(PoisonError::into_inner);
+        let leaves = !self.joining.pending();
+        if leaves {
+            teams.remove(&self.name);
+        }
+        leaves
     }
 }
 
@@ -106,17 +119,14 @@ struct Thread {
     pacer: Pacer,
     queues: Vec<Option<BlockQueue>>,
     shared: Option<Shared>,
-    /// No more queues can come.
-    closed: bool,
 }
 
 impl Thread {
     fn new(policy: PollPolicy, span: Span, shared: Option<Shared>) -> Self {
-        let closed = shared.is_none();
-        Self { policy, span, pacer: Pacer::new(policy), queues: Vec::new(), shared, closed }
+        Self { policy, span, pacer: Pacer::new(policy), queues: Vec::new(), shared }
     }
 
-    /// Turns `first`, and those that join, until all have ended and none can come: the thread's main function.
+    /// Turns `first`, and those that join, until all have ended: the thread's main function.
     fn run(mut self, first: Option<Box<Joining>>) {
         let span = self.span.clone();
         let _entered = span.enter();
@@ -127,9 +137,6 @@ impl Thread {
         let _ = slice::reset();
         loop {
             self.take_joining();
-            if self.closed && self.queues.iter().all(Option::is_none) {
-                return;
-            }
             match self.turn() {
                 Progress::Worked => self.pacer.worked(),
                 // Until when is known: there is nothing to learn, and nothing to look for.
@@ -144,7 +151,8 @@ impl Thread {
                     }
                 }
                 // There is no queue.
-                Progress::Ended => self.sleep(),
+                Progress::Ended if self.shared.as_ref().is_none_or(Shared::leave) => return,
+                Progress::Ended => {}
             }
         }
     }
@@ -154,14 +162,10 @@ impl Thread {
     }
 
     fn take_joining(&mut self) {
-        while !self.closed
-            && let Some(shared) = self.shared.as_ref().filter(|shared| shared.joining.pending())
+        while let Some(shared) = self.shared.as_ref().filter(|shared| shared.joining.pending())
+            && let Order::Some(joining) = shared.joining.take()
         {
-            match shared.joining.take() {
-                Order::Some(joining) => self.join(*joining),
-                Order::None => return,
-                Order::Closed => self.closed = true,
-            }
+            self.join(*joining);
         }
     }
 
@@ -227,7 +231,7 @@ impl Thread {
             let Some(sleep) = worker.prepare_sleep() else { return };
             timeout = [timeout, sleep.timeout].into_iter().flatten().min();
         }
-        if !self.closed && self.shared.as_ref().is_some_and(|shared| shared.joining.pending()) {
+        if self.shared.as_ref().is_some_and(|shared| shared.joining.pending()) {
             return;
         }
         self.workers().for_each(|worker| worker.ring().counters().sleeps.add(1));
