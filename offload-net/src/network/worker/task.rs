@@ -36,7 +36,7 @@ pub(in crate::network) enum Task {
     /// A queue of a device stops, if it was started.
     Stop(PortId, u16, SyncSender<Option<RingState>>),
     /// A device is to do no more than this from now on.
-    Limit(PortId, NetLimits, Arc<Exceeded>),
+    Limit(PortId, NetLimits, Arc<Exceeded>, SyncSender<()>),
     /// A device's frames are to be captured. False: it has enough captures.
     Capture(PortId, Box<Sink>, SyncSender<bool>),
     /// A capture's reader has room again.
@@ -94,7 +94,7 @@ impl Worker {
             Task::Stop(id, index, reply) => {
                 let _ = reply.send(self.stop(id, index));
             }
-            Task::Limit(id, limits, exceeded) => {
+            Task::Limit(id, limits, exceeded, reply) => {
                 if let Some(port) = self.ports.get_mut(id.0).and_then(Option::as_mut) {
                     port.allowance = Allowance::new(limits, port.allowance.as_deref(), exceeded);
                 }
@@ -102,6 +102,7 @@ impl Worker {
                 if let Some((queue, waited)) = self.waiting.remove(id) {
                     self.resume(id, queue, waited);
                 }
+                let _ = reply.send(());
             }
             Task::Capture(id, sink, reply) => {
                 let port = self.ports.get_mut(id.0).and_then(Option::as_mut);
