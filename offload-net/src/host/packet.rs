@@ -63,7 +63,7 @@ impl PacketSocket {
         let fd = unsafe { OwnedFd::from_raw_fd(fd) };
         set(&fd, libc::SOL_PACKET, libc::PACKET_VNET_HDR, &1)?;
         set(&fd, libc::SOL_PACKET, libc::PACKET_IGNORE_OUTGOING, &1)?;
-        // More than a process may have by itself needs CAP_NET_ADMIN; less does, too.
+        // Beyond net.core.rmem_max, which needs CAP_NET_ADMIN. Without it bursts are lost sooner, and that is all.
         let _ = set(&fd, libc::SOL_SOCKET, libc::SO_RCVBUFFORCE, &RECEIVE_BYTES);
         refuse_tagged(&fd)?;
         let all = libc::packet_mreq {
