@@ -198,8 +198,7 @@ impl Device for NetDevice {
     fn reset(&self) {}
 
     fn set_net_limits(&self, limits: NetLimits) -> Result<(), Error> {
-        self.network.limit(self.port, limits, self.exceeded.clone());
-        Ok(())
+        self.network.limit(self.port, limits, self.exceeded.clone())
     }
 
     fn add_stats(&self, stats: &mut DeviceStats) {

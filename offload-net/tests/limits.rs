@@ -37,7 +37,7 @@ impl Member {
     }
 
     fn limit(&self, network: &Network, limits: v1::NetLimits) {
-        network.limit(self.port, NetLimits::new(Some(&limits)).unwrap(), self.exceeded.clone());
+        network.limit(self.port, NetLimits::new(Some(&limits)).unwrap(), self.exceeded.clone()).unwrap();
     }
 
     fn exceeded(&self) -> v1::NetAllowances {

@@ -365,7 +365,7 @@ fn the_queues_of_a_limited_device_take_turns() {
     let port = a.plug(&network, a.all(), None);
     sink.plug(&network, 0..2, None);
     let limits = v1::NetLimits { packets_per_second_out: 2000, packets_burst_out: 10, ..Default::default() };
-    network.limit(port, NetLimits::new(Some(&limits)).unwrap(), Arc::default());
+    network.limit(port, NetLimits::new(Some(&limits)).unwrap(), Arc::default()).unwrap();
     let (many, few) = (frame(sink.mac, a.mac, 1, 50), frame(sink.mac, a.mac, 2, 50));
     for n in 0..250 {
         assert!(a.put(0, &many) && (n >= 50 || a.put(1, &few)));

@@ -148,13 +148,13 @@ impl Network {
         self.ask(|reply| Task::Stop(port, index, reply), deadline)
     }
 
-    /// From now on a device does no more than `limits` allow; what they did is counted in `exceeded`. Returns when that is so,
-    /// or the network's thread has not come to it for long.
-    pub fn limit(&self, port: PortId, limits: NetLimits, exceeded: Arc<Exceeded>) {
+    /// From now on a device does no more than `limits` allow; what they did is counted in `exceeded`.
+    ///
+    /// # Errors
+    /// The network's thread has not come to it for long; it may yet.
+    pub fn limit(&self, port: PortId, limits: NetLimits, exceeded: Arc<Exceeded>) -> Result<(), Error> {
         let task = |reply| Task::Limit(port, limits, exceeded, reply);
-        if self.ask(task, Instant::now() + PATIENCE).is_none() {
-            tracing::warn!("the network's thread does not answer: a device's limits come late");
-        }
+        self.ask(task, Instant::now() + PATIENCE).ok_or_else(no_answer)
     }
 
     /// Has a device's frames captured from now on.
