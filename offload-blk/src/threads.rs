@@ -10,7 +10,7 @@ use std::time::Duration;
 use offload_card::poll::{
     Awaited, Next, Order, Pacer, PollMode, PollPolicy, Poller, Receiver, Sender, cpus, mailbox,
 };
-use offload_card::slice;
+use offload_card::schedule::{self, Turn};
 use proto::error::Error;
 use tracing::{Span, error};
 
@@ -134,7 +134,7 @@ impl Thread {
             self.join(*first);
         }
         // The thread that started this one is of those that run soon; from here on it is about throughput.
-        let _ = slice::reset();
+        let _ = schedule::set(Turn::Usual);
         loop {
             self.take_joining();
             match self.turn() {

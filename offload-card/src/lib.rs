@@ -32,8 +32,8 @@ pub mod poll;
 pub mod qos;
 pub mod ring;
 pub mod runtime;
+pub mod schedule;
 pub mod server;
-pub mod slice;
 #[cfg(feature = "testing")]
 pub mod testing;
 

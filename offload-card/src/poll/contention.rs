@@ -10,11 +10,8 @@ use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::time::{Duration, Instant};
 
-use rustix::time::{ClockId, clock_gettime};
-use tracing::debug;
-
 use super::awake;
-use crate::slice;
+use rustix::time::{ClockId, clock_gettime};
 
 /// How often the scheduler is asked.
 const WINDOW: Duration = Duration::from_millis(4);
@@ -44,8 +41,6 @@ pub(super) struct Others {
     waiting: bool,
     until: Option<Instant>,
     penalty: Duration,
-    /// The thread has a short slice.
-    short: bool,
 }
 
 impl Others {
@@ -60,7 +55,7 @@ impl Others {
             if self.until.is_some_and(|until| now < until) {
                 return true;
             }
-            self.set(false);
+            self.waiting = false;
             self.asked = None;
         }
         if self.asked.is_some_and(|(at, _)| now.saturating_duration_since(at) < WINDOW) {
@@ -74,26 +69,9 @@ impl Others {
                 self.until.is_some_and(|until| now.saturating_duration_since(until) < 16 * self.penalty);
             self.penalty = if soon { (2 * self.penalty).min(MAX_PENALTY) } else { MIN_PENALTY };
             self.until = Some(now + self.penalty);
-            self.set(true);
+            self.waiting = true;
         }
         self.waiting
-    }
-
-    fn set(&mut self, waiting: bool) {
-        self.waiting = waiting;
-        self.set_short(waiting);
-    }
-
-    /// A thread that sleeps is to run as soon as it is woken, even where another one looks; and one that hands its CPU on
-    /// gives up the rest of its slice, which should be little.
-    pub(super) fn set_short(&mut self, short: bool) {
-        if self.short != short {
-            self.short = short;
-            let slice = if short { slice::shorten() } else { slice::reset() };
-            if let Err(e) = slice {
-                debug!("the thread's time slice stays as it is: {e}");
-            }
-        }
     }
 }
 

@@ -14,12 +14,16 @@
 //!
 //! A thread that looks while others wait for its CPU takes what it meant to save. Where these are data threads of the same
 //! process, they look and work in turns ([`Awake`]); where it is anybody else ([`Others`]), it sleeps for want of work, for a
-//! while, as it would without polling.
+//! while, as it would without polling. And a thread that does not look has precedence ([`Turn::First`]), as an interrupt has: what it
+//! does, others wait for, also those whose processor it takes.
 
 use std::time::{Duration, Instant};
 
+use tracing::debug;
+
 use super::awake::Awake;
 use super::contention::{Others, Times};
+use crate::schedule::{self, Turn};
 
 /// Looks between two looks at the clock.
 const LOOKS: u32 = 16;
@@ -114,6 +118,7 @@ pub struct Pacer {
     asleep: Option<Instant>,
     others: Others,
     awake: Awake,
+    turn: Turn,
 }
 
 impl Pacer {
@@ -130,6 +135,7 @@ impl Pacer {
             asleep: None,
             others: Others::default(),
             awake,
+            turn: Turn::default(),
         }
     }
 
@@ -148,8 +154,20 @@ impl Pacer {
     #[inline]
     fn make_way(&mut self) {
         if self.awake.outnumber_cpus() {
-            self.others.set_short(true);
+            // It gives up the rest of its slice, which should be little.
+            if self.turn == Turn::Usual {
+                self.take_turn(Turn::Soon);
+            }
             std::thread::yield_now();
+        }
+    }
+
+    fn take_turn(&mut self, turn: Turn) {
+        if self.turn != turn {
+            self.turn = turn;
+            if let Err(e) = schedule::set(turn) {
+                debug!("the thread runs when it did: {e}");
+            }
         }
     }
 
@@ -181,6 +199,9 @@ impl Pacer {
                 }
             }
         }
+        if self.turn == Turn::First {
+            self.take_turn(Turn::Usual);
+        }
         // Not 0 when it wraps around: there were looks.
         self.looks = self.looks.checked_add(1).unwrap_or(1);
         std::hint::spin_loop();
@@ -188,9 +209,16 @@ impl Pacer {
         Next::Look
     }
 
-    /// The thread is about to sleep.
+    /// The thread is about to sleep. If that is because there is nothing to do, and not because it has looked for long enough, it
+    /// runs as soon as there is, until that is done.
     pub fn sleeps(&mut self) {
         self.awake.set(false);
+        if self.policy.mode == PollMode::Never
+            || self.others.waiting()
+            || self.windows[self.awaited as usize].is_zero()
+        {
+            self.take_turn(Turn::First);
+        }
     }
 
     /// The thread has slept, for whatever reason it was woken.

@@ -55,7 +55,7 @@ use tracing::{debug, error, info};
 use tracing_subscriber::EnvFilter;
 
 use crate::factory::DeviceFactory;
-use crate::slice;
+use crate::schedule::{self, Turn};
 use control::ControlService;
 use kept::KeptSockets;
 use registry::Registry;
@@ -145,9 +145,9 @@ fn serve<F: DeviceFactory>(
     let (control, kept) = KeptSockets::from_environment().map_err(|e| control_failed(&args.control, &e))?;
     let registry = Arc::new(Registry::new(factory, devices, kept));
     // Guests may be waiting. The threads that talk to front-ends stay so.
-    let shortened = slice::shorten();
+    let soon = schedule::set(Turn::Soon);
     registry.restore(Instant::now() + RESTORE_TIMEOUT);
-    if let Err(e) = shortened.and_then(|()| slice::reset()) {
+    if let Err(e) = soon.and_then(|()| schedule::set(Turn::Usual)) {
         debug!("the scheduler does not let threads run sooner: {e}");
     }
     // The one that systemd has passed is not ours to remove.
