@@ -14,8 +14,8 @@ use tracing::info;
 
 /// As short as the kernel allows, in nanoseconds.
 const SHORTEST_NS: u64 = 100_000;
-/// How much better the nice value of what runs first is: its weight is nine times that of a vCPU.
-const PRECEDENCE: i32 = 10;
+/// How much better the nice value of what runs first is: its weight is three times that of a vCPU.
+const PRECEDENCE: i32 = 5;
 
 /// When a thread runs that others compete with.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]

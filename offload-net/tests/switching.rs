@@ -2,6 +2,10 @@
 
 mod common;
 
+use std::path::Path;
+use std::time::Instant;
+
+use common::multi::{MQ, Multi};
 use common::queue::{INDIRECT, NEXT, WRITE};
 use common::*;
 use offload_card::poll::{PollMode, PollPolicy};
@@ -211,6 +215,42 @@ fn a_receiver_without_buffers_loses_its_frames_and_delays_nobody() {
     let dropped = stalled.shared[0].counters.dropped.get();
     assert!(dropped >= 2000 - (1 << 20) / 1414, "{dropped}");
     assert_eq!(stalled.shared[0].counters.in_flight.get(), 0);
+}
+
+/// It may have the processor that this receiver needs, and what it piles up would be copied twice.
+#[test]
+fn a_network_that_could_only_pile_up_frames_for_a_receiver_without_buffers_rests_after_each_turn() {
+    let network = network();
+    let stalled = Guest::new(3, FULL);
+    stalled.plug(&network);
+    // There is always more to send: it never sleeps for want of work.
+    let mut a = Multi::new(1, 7, BASE | MQ);
+    let mut frames = 0;
+    for pair in 0..7 {
+        while a.put(pair, &frame(stalled.mac, a.mac, 0, 64)) {
+            frames += 1;
+        }
+    }
+    let sleeps = || {
+        let status = |task: &Path| std::fs::read_to_string(task.join("status")).unwrap();
+        let of_network = |task: &Path| std::fs::read_to_string(task.join("comm")).unwrap() == "net-test\n";
+        let tasks = std::fs::read_dir("/proc/self/task").unwrap().map(|task| task.unwrap().path());
+        let status = status(&tasks.into_iter().find(|task| of_network(task)).unwrap());
+        let (_, rest) = status.split_once("\nvoluntary_ctxt_switches:").unwrap();
+        rest.split_whitespace().next().unwrap().parse::<u64>().unwrap()
+    };
+    let before = sleeps();
+    let device = a.plug(&network, (0..7).map(|pair| 2 * pair + 1), None);
+    let until = Instant::now() + PATIENCE;
+    while (0..7).any(|pair| a.queues[2 * pair + 1].device_used_idx() != 256) {
+        assert!(Instant::now() < until);
+    }
+    let slept = sleeps() - before;
+    network.unplug(device);
+    // A rest ends at once if a queue is started meanwhile; and each of those is all else it could sleep for.
+    let started = 9;
+    assert!(slept >= frames / 64 - started && slept > started, "{slept} times in {frames} frames");
+    assert_eq!(stalled.shared[0].counters.dropped.get(), 0);
 }
 
 #[test]

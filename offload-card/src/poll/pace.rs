@@ -144,6 +144,11 @@ impl Pacer {
         self.looks > 0
     }
 
+    /// The thread may sleep although there is work.
+    pub fn may_rest(&self) -> bool {
+        self.policy.mode != PollMode::Always
+    }
+
     /// A look found work.
     pub fn worked(&mut self) {
         self.forget();
@@ -360,6 +365,25 @@ mod tests {
             always.gap(us * US);
         }
         assert_eq!((never.looks, never.sleeps, always.sleeps), (0, 4, 0));
+    }
+
+    /// The guest whose processor it looks on must get it.
+    #[test]
+    fn a_thread_that_does_not_look_is_the_first_when_it_is_woken_and_one_that_looks_is_not() {
+        let mut never = Thread::new(PollMode::Never);
+        assert_eq!(never.pacer.turn, Turn::Usual);
+        never.gap(US);
+        assert_eq!(never.pacer.turn, Turn::First);
+        let mut adaptive = Thread::new(PollMode::Adaptive);
+        adaptive.gap(20 * US);
+        // It had not learnt to look before this sleep.
+        assert_eq!(adaptive.pacer.turn, Turn::First);
+        adaptive.gap(20 * US);
+        assert_eq!((adaptive.pacer.turn, adaptive.sleeps), (Turn::Usual, 1));
+        for _ in 0..10 {
+            adaptive.gap(1000 * US);
+        }
+        assert_eq!(adaptive.pacer.turn, Turn::First);
     }
 
     #[test]

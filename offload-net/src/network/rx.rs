@@ -92,8 +92,10 @@ impl RxQueue {
     }
 
     /// Gives a frame to the guest, after doing whatever the sender left to do and this guest does not do itself. What
-    /// there is no room for waits in the backlog; what finds no room there is dropped and counted.
-    pub fn deliver(&mut self, frame: &Frame<'_>) {
+    /// there is no room for waits in the backlog; what finds no room there is dropped and counted. True: it waits now, as does all
+    /// that waited before.
+    pub fn deliver(&mut self, frame: &Frame<'_>) -> bool {
+        let waited = self.backlog.len();
         if !self.backlog.is_empty() {
             self.flush();
         }
@@ -107,6 +109,7 @@ impl RxQueue {
             }
             _ => self.deliver_or_keep(frame),
         }
+        self.backlog.len() > waited
     }
 
     /// The driver does not use this queue any more: what waits for buffers is dropped, and what has been delivered is shown.

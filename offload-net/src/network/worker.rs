@@ -10,6 +10,8 @@ mod security;
 mod task;
 mod transmit;
 
+use std::time::Duration;
+
 use offload_card::poll::{Awaited, Next, Pacer, PollPolicy, Poller, Receiver};
 
 use super::addressed::Addressed;
@@ -28,6 +30,9 @@ pub(super) use task::{Taken, Task};
 
 /// How many looks at the queues and frames from them come between two questions for events: tasks, kicks, the host.
 const EVENTS_AFTER: usize = 32;
+
+/// How long the thread rests at most when all it could do is pile up frames for receivers that have no buffers left.
+const REST: Duration = Duration::from_micros(50);
 
 const ORDERS: u64 = 0;
 const UPLINK: u64 = 1;
@@ -56,6 +61,8 @@ pub(super) struct Worker {
     pacer: Pacer,
     /// Ports and pairs with frames delivered and not yet shown to the guest.
     dirty: Vec<(PortId, usize)>,
+    /// Frames of this turn that wait for their receivers.
+    kept: usize,
     /// Ports whose frames wait for their limits. They are not in `active` and are not asked to kick.
     waiting: Waiting,
     /// Some port may have captures.
@@ -95,6 +102,7 @@ impl Worker {
             active: Vec::new(),
             pacer: Pacer::new(policy),
             dirty: Vec::new(),
+            kept: 0,
             waiting: Waiting::default(),
             capturing: false,
             flows: None,
@@ -109,6 +117,8 @@ impl Worker {
         let mut tokens = Vec::new();
         // Looks and frames since events were asked for, which is a system call.
         let mut since_events = EVENTS_AFTER;
+        // For their receivers, who may want the processor that this thread has.
+        let mut rests = false;
         loop {
             if !self.waiting.is_empty() {
                 self.release();
@@ -116,8 +126,12 @@ impl Worker {
             if self.active.is_empty() || since_events >= EVENTS_AFTER {
                 since_events = 0;
                 let asleep = self.active.is_empty();
-                let timeout = if asleep { self.next_moment() } else { Some(std::time::Duration::ZERO) };
-                if asleep {
+                let timeout = match (asleep, rests) {
+                    (true, _) => self.next_moment(),
+                    (false, true) => Some(REST),
+                    (false, false) => Some(Duration::ZERO),
+                };
+                if asleep || rests {
                     self.pacer.sleeps();
                 }
                 match self.poller.wait(timeout) {
@@ -128,9 +142,10 @@ impl Worker {
                         std::process::exit(1);
                     }
                 }
-                if asleep {
+                if asleep || rests {
                     self.pacer.woke();
                 }
+                rests = false;
                 let mut from_host = false;
                 for token in tokens.drain(..) {
                     match token {
@@ -148,6 +163,9 @@ impl Worker {
             }
             let frames = self.look();
             since_events += 1 + frames;
+            if frames > 0 && self.kept == frames && self.pacer.may_rest() {
+                (rests, since_events) = (true, EVENTS_AFTER);
+            }
             self.publish();
             if self.capturing {
                 self.flush_captures();
@@ -162,7 +180,7 @@ impl Worker {
     }
 
     /// How long the thread may sleep if nobody wakes it; `None`: for ever.
-    fn next_moment(&self) -> Option<std::time::Duration> {
+    fn next_moment(&self) -> Option<Duration> {
         let flows = self.flows.as_ref().and_then(|f| f.next());
         self.waiting.next().into_iter().chain(flows).chain(self.until_tending()).min()
     }

@@ -119,7 +119,7 @@ impl Worker {
         let Some(port) = self.ports.get_mut(to.0).and_then(Option::as_mut) else { return };
         port.capture(frame, Direction::Inbound);
         let pair = self.steering.queue(frame, port.spread);
-        self.with_rx(to, pair, |queue| queue.deliver(frame));
+        self.kept += usize::from(self.with_rx(to, pair, |queue| queue.deliver(frame)).unwrap_or(false));
     }
 
     /// To the host.

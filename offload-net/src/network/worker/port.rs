@@ -222,13 +222,19 @@ impl Worker {
         }
     }
 
-    pub(super) fn with_rx(&mut self, id: PortId, pair: usize, f: impl FnOnce(&mut RxQueue)) {
-        let Some(queue) = rx_of(&mut self.ports, id, pair) else { return };
+    pub(super) fn with_rx<T>(
+        &mut self,
+        id: PortId,
+        pair: usize,
+        f: impl FnOnce(&mut RxQueue) -> T,
+    ) -> Option<T> {
+        let queue = rx_of(&mut self.ports, id, pair)?;
         let was_listed = queue.needs_attention();
-        f(queue);
+        let done = f(queue);
         if !was_listed && queue.needs_attention() {
             self.dirty.push((id, pair));
         }
+        Some(done)
     }
 }
 

@@ -44,6 +44,7 @@ impl Worker {
     /// Takes frames from the transmit queues that are looked at; how many.
     pub(super) fn look(&mut self) -> usize {
         let mut all = 0;
+        self.kept = 0;
         let hit = self.pacer.looks_in_vain();
         for i in 0..self.active.len() {
             let Some(id) = self.active.get(i).copied() else { break };
