@@ -88,7 +88,7 @@ fn a_network_that_polls_takes_no_kicks_and_one_that_does_not_sleeps() {
         // The first frame of a fresh ring kicks in any case.
         assert_eq!((counters.kicks.get() > 1, counters.sleeps.get() > 0), (!polls, !polls));
         // Tasks are seen all the same.
-        let soon = std::time::Instant::now() + PATIENCE;
+        let soon = Instant::now() + PATIENCE;
         assert!(network.stop_queue(offload_net::switch::PortId(0), 1, soon).unwrap().is_some());
     }
 }
@@ -329,7 +329,7 @@ fn crumbs_are_looked_at_once_and_given_back() {
     hostile.fill_rx(10, 1);
     a.send(&frame(hostile.mac, a.mac, 0, 1400));
     card::retry(|| if shared.counters.in_flight.get() == 10 { Ok(()) } else { Err("not held") });
-    let stopped = network.stop_queue(port, 0, std::time::Instant::now() + PATIENCE).unwrap().unwrap();
+    let stopped = network.stop_queue(port, 0, Instant::now() + PATIENCE).unwrap().unwrap();
     assert_eq!((stopped.next_avail, shared.counters.in_flight.get()), (256, 0));
 }
 
@@ -339,7 +339,7 @@ fn queues_stop_and_start_and_macs_are_free_again() {
     let (mut a, mut b) = two(&network, FULL, FULL);
     // Ports are numbered in order of their coming.
     let port = offload_net::switch::PortId(1);
-    let soon = || std::time::Instant::now() + PATIENCE;
+    let soon = || Instant::now() + PATIENCE;
     a.send(&frame(b.mac, a.mac, 1, 10));
     b.receive().unwrap();
     for index in [0, 1] {
@@ -457,7 +457,7 @@ fn malformed_rings_are_stopped_and_concern_nobody_else() {
         card::retry(|| guest.shared[0].broken().or(guest.shared[1].broken()).ok_or(name));
         others_live(&network, name);
         for index in [0, 1] {
-            network.stop_queue(port, index, std::time::Instant::now() + PATIENCE).unwrap().unwrap();
+            network.stop_queue(port, index, Instant::now() + PATIENCE).unwrap().unwrap();
         }
     }
 }
