@@ -98,7 +98,7 @@ mod tests {
 
     /// Nice value and slice of a thread that this one starts.
     fn of_a_child() -> (i32, u64) {
-        thread::spawn(|| of_this()).join().unwrap()
+        thread::spawn(of_this).join().unwrap()
     }
 
     fn of_this() -> (i32, u64) {
