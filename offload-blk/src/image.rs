@@ -8,7 +8,7 @@ use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use nix::fcntl::{FcntlArg, fcntl};
+use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use proto::error::Error;
 use proto::v1::ErrorReason;
 use tonic::Code;
@@ -112,6 +112,11 @@ impl Image {
         let file =
             patiently(|| OpenOptions::new().read(true).write(!read_only).custom_flags(flags).open(path))
                 .map_err(|e| open_error(path, read_only, direct, &e))?;
+        // Only for its owner, and nobody minds if not: every read would look whether it is time to note when it was read.
+        let _ = fcntl(
+            &file,
+            FcntlArg::F_SETFL(OFlag::O_NOATIME | OFlag::from_bits_truncate(flags & libc::O_DIRECT)),
+        );
         let geometry = geometry(path, &file, direct)?;
         let buffered = direct.then(|| {
             // The very same file, whatever the path names by now.

@@ -21,21 +21,24 @@ pub(super) fn fallocate_mode(op: Op) -> i32 {
 pub(super) unsafe fn transfer(image: &Image, transfer: &Transfer<'_>, flags: i32) -> i32 {
     let fd = (if transfer.unaligned { image.buffered() } else { image.file() }).as_raw_fd();
     let (iovecs, offset) = (transfer.iovecs, transfer.offset as libc::off_t);
-    let count = iovecs.len() as libc::c_int;
+    // Not by the functions of these names, where a thread can be cancelled: to say so costs them a fortieth of what a read from
+    // the page cache takes.
+    let move_bytes = |number, flags: libc::c_int| {
+        // SAFETY: `iovecs` is a slice, and what it names is valid as the caller promised. On 64-bit hosts the offset is one argument, and
+        // the next one is not looked at.
+        unsafe { libc::syscall(number, fd, iovecs.as_ptr(), iovecs.len(), offset, 0, flags) as isize }
+    };
     loop {
-        // SAFETY: `iovecs` is a slice, and what it names is valid as the caller promised.
-        let result = unsafe {
-            match transfer.op {
-                Op::Read => libc::preadv2(fd, iovecs.as_ptr(), count, offset, flags),
-                Op::Write => libc::pwritev2(fd, iovecs.as_ptr(), count, offset, flags),
-                Op::WriteThrough => {
-                    libc::pwritev2(fd, iovecs.as_ptr(), count, offset, flags | libc::RWF_DSYNC)
-                }
-                Op::Sync => libc::fdatasync(fd) as isize,
-                Op::Punch | Op::Zero | Op::Discard => {
-                    let length = transfer.length as libc::off_t;
-                    libc::fallocate(fd, fallocate_mode(transfer.op), offset, length) as isize
-                }
+        let result = match transfer.op {
+            Op::Read => move_bytes(libc::SYS_preadv2, flags),
+            Op::Write => move_bytes(libc::SYS_pwritev2, flags),
+            Op::WriteThrough => move_bytes(libc::SYS_pwritev2, flags | libc::RWF_DSYNC),
+            // SAFETY: it points to nothing.
+            Op::Sync => unsafe { libc::fdatasync(fd) as isize },
+            Op::Punch | Op::Zero | Op::Discard => {
+                let length = transfer.length as libc::off_t;
+                // SAFETY: as above.
+                unsafe { libc::fallocate(fd, fallocate_mode(transfer.op), offset, length) as isize }
             }
         };
         if result >= 0 {

@@ -8,6 +8,7 @@ pub mod frames;
 pub mod guest;
 pub mod host;
 pub mod manager;
+pub mod pauses;
 pub mod process;
 pub mod qemu;
 pub mod station;

@@ -1,9 +1,10 @@
 //! VMs whose network lives in the network card: frames between VMs and with the host, and the card's death.
 
 use std::net::UdpSocket;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use e2e::card::Card;
+use e2e::pauses::{Pauses, wanted};
 use e2e::vm::{Vm, config, slot};
 use e2e::{SOON, enter_new_network_namespace, temp_dir, wait_until};
 use proto::v1::NetworkSpec;
@@ -89,7 +90,7 @@ fn a_vm_and_the_host_exchange_frames_through_the_tap() {
 
 /// Two VMs exchange frames, and their card goes and comes back: a few times, or OUTBOARD_RESTARTS times. Prints the longest pause.
 fn an_exchange_survives(what: &str, go: impl Fn(&mut Card)) {
-    let restarts = std::env::var("OUTBOARD_RESTARTS").map_or(5, |n| n.parse().expect("a number"));
+    let restarts = wanted(5);
     enter_new_network_namespace();
     let dir = temp_dir();
     let mut card = Card::start("offload-net", dir.path());
@@ -134,6 +135,50 @@ fn kill9_of_the_card_does_not_break_an_exchange() {
 #[test]
 fn a_planned_restart_of_the_card_does_not_break_an_exchange() {
     an_exchange_survives("planned restarts", Card::stop);
+}
+
+/// One VM sends to another all the time, with a card that goes and comes back. Prints for how long nothing arrived.
+fn a_stream_goes_on(what: &str, go: impl Fn(&mut Card)) {
+    let (restarts, mut pauses) = (wanted(5), Pauses::default());
+    let dir = temp_dir();
+    let mut card = Card::start("offload-net", dir.path());
+    card.network("lan", "", "");
+    let secs = (restarts / 8).clamp(4, 120);
+    let (first, second) = (card.nic("a", "lan", 1), card.nic("b", "lan", 2));
+    let receive = format!("job=net-recv ip=10.9.0.2 mode=irq gaps=0.001 secs={secs} timeout=60");
+    let send = format!(
+        "job=net-send ip=10.9.0.1 peer=10.9.0.2 rate=5000 count=100000000 secs={secs} mode=irq timeout=60"
+    );
+    let b = Vm::boot(dir.path(), config("b", &receive, vec![slot("nic0", &second)]));
+    b.reports.wait("io_begin", SOON);
+    let begin = Instant::now();
+    let a = Vm::boot(dir.path(), config("a", &send, vec![slot("nic0", &first)]));
+    let ended = || !b.reports.all("io_end").is_empty();
+    let mut instants = Vec::new();
+    while instants.len() < restarts && !ended() {
+        wait_until("frames after the start", SOON, || {
+            card.try_requests("a").is_some_and(|n| n > 100) || ended()
+        });
+        instants.push(begin.elapsed());
+        go(&mut card);
+        card.start_again();
+    }
+    let results = [&a, &b].map(|vm| vm.reports.finish(Duration::from_secs(180)));
+    let result = &results[1][0];
+    assert_eq!((&result["corrupt"], &result["needs_reset"]), (&0.into(), &false.into()), "{result:#?}");
+    pauses.add(&instants, result);
+    assert!(!pauses.alone.is_empty(), "no pause was seen: {result:#?}");
+    pauses.print(&format!("{what}; {} of {} frames lost", result["lost"], results[0][0]["tx"]));
+}
+
+#[test]
+fn a_stream_goes_on_after_kill9_of_the_card() {
+    a_stream_goes_on("kills", Card::kill9);
+}
+
+#[test]
+fn a_stream_goes_on_after_a_planned_restart_of_the_card() {
+    a_stream_goes_on("planned restarts", Card::stop);
 }
 
 /// Two VMs with two queue pairs each; the card is killed in between, and knows afterwards that both pairs are used.

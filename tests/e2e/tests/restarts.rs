@@ -14,6 +14,7 @@ use std::time::{Duration, Instant};
 
 use e2e::card::Card;
 use e2e::guest::Reports;
+use e2e::pauses::{Pauses, wanted};
 use e2e::qemu::Qemu;
 use e2e::vm::{Vm, config, slot};
 use e2e::{SOON, image, temp_dir, wait_until};
@@ -22,8 +23,6 @@ use proto::v1::Device;
 /// What the guest does. Only the random reads and writes take a time; what it does before and after, it does with restarts,
 /// too.
 const JOB: &str = "job=blk-verify bytes=32M queues=2 qd=32 verify=mixed gaps=0.001 timeout=60";
-/// The guest's clock and ours agree to this.
-const SKEW: Duration = Duration::from_millis(25);
 
 #[derive(Clone, Copy, PartialEq)]
 enum How {
@@ -54,72 +53,6 @@ impl Random {
     fn below(&mut self, limit: u64) -> u64 {
         self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
         (self.0 >> 33) % limit
-    }
-}
-
-/// What the restarts of one guest's card were to it.
-#[derive(Default)]
-struct Pauses {
-    restarts: usize,
-    /// Of restarts that the guest had recovered from before the next one.
-    alone: Vec<Duration>,
-    /// Of at least a millisecond, when there was no restart: what a busy host does to a guest by itself.
-    other: Vec<Duration>,
-}
-
-impl Pauses {
-    /// Adds those of a guest: when its card was restarted, and its gaps (end, length).
-    fn add(&mut self, restarts: &[Duration], gaps: &[(Duration, Duration)]) {
-        self.restarts += restarts.len();
-        let by_itself = |&&(end, length): &&(Duration, Duration)| {
-            let during = end.saturating_sub(length + SKEW)..=end + SKEW;
-            !restarts.iter().any(|r| during.contains(r))
-        };
-        self.other.extend(gaps.iter().filter(by_itself).map(|gap| gap.1));
-        for &restart in restarts {
-            let during = |&(end, length): &(Duration, Duration)| {
-                (end.saturating_sub(length + SKEW)..=end + SKEW).contains(&restart)
-            };
-            let Some(&(end, length)) = gaps.iter().filter(|&g| during(g)).max_by_key(|g| g.1) else {
-                continue;
-            };
-            let begin = end.saturating_sub(length + SKEW);
-            if restarts.iter().filter(|r| (begin..=end).contains(r)).count() == 1 {
-                self.alone.push(length);
-            }
-        }
-    }
-
-    fn print(self, what: &str) {
-        println!(
-            "{} {what}, no error, no mismatch\n  pauses of those that came alone: {}\n  others of 1 ms or more: {}",
-            self.restarts,
-            distribution(self.alone),
-            distribution(self.other)
-        );
-    }
-}
-
-fn distribution(mut all: Vec<Duration>) -> String {
-    all.sort();
-    let (count, last) = (all.len(), all.len().saturating_sub(1));
-    let at = |share: f64| {
-        all.get(((count as f64 * share) as usize).min(last)).map_or(0.0, |d| d.as_secs_f64() * 1e3)
-    };
-    format!(
-        "{count}, in ms: min {:.1}, p50 {:.1}, p90 {:.1}, p99 {:.1}, max {:.1}",
-        at(0.0),
-        at(0.5),
-        at(0.9),
-        at(0.99),
-        at(1.0)
-    )
-}
-
-fn wanted(default: usize) -> usize {
-    match std::env::var("OUTBOARD_RESTARTS") {
-        Ok(n) => n.parse().expect("OUTBOARD_RESTARTS is a number"),
-        Err(_) => default,
     }
 }
 
@@ -175,13 +108,10 @@ fn survives_under(
             // A kill may come before the link is there again, and the last one when the guest is done.
             assert!(vm.info().slots[0].reconnects > 0);
         }
-        let micros = |value: &serde_json::Value| Duration::from_micros(value.as_u64().expect("microseconds"));
-        let gaps = result["gaps"].as_array().expect("gaps");
-        let gaps: Vec<_> = gaps.iter().map(|gap| (micros(&gap[0]), micros(&gap[1]))).collect();
-        pauses.add(&instants, &gaps);
+        pauses.add(&instants, result);
     }
     assert!(!pauses.alone.is_empty(), "no pause was seen");
-    pauses.print(what);
+    pauses.print(&format!("{what}, no error, no mismatch"));
 }
 
 fn ours(dir: &Path, device: &Device, job: &str) -> Front {

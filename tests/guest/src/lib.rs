@@ -12,6 +12,7 @@ extern crate alloc;
 pub mod args;
 pub mod exchange;
 pub mod frame;
+pub mod gaps;
 pub mod hex;
 pub mod histogram;
 pub mod json;

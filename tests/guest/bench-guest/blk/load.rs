@@ -234,7 +234,7 @@ impl<S: Source> Job for Load<'_, S> {
             total = total + queue.signals();
             measured = measured + queue.measured();
             // A queue that never answered again has its gap too.
-            gap = gap.max(queue.stats.max_gap).max(queue.silence(now));
+            gap = gap.max(queue.stats.gaps.longest()).max(queue.silence(now));
             latency.merge(&queue.stats.latency);
         }
         let micros = self.clock.micros(now - self.begun);
@@ -263,7 +263,7 @@ impl<S: Source> Job for Load<'_, S> {
             );
         if self.gaps {
             let since = |at: u64| clock.micros(at.saturating_sub(self.begun));
-            let all = self.disk.queues.iter().flat_map(|queue| &queue.stats.gaps);
+            let all = self.disk.queues.iter().filter_map(|queue| queue.stats.gaps.kept()).flatten();
             event = event.pairs("gaps", all.map(|&(end, gap)| (since(end), clock.micros(gap))));
         }
         if let Some(what) = &self.first_error {

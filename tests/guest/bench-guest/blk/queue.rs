@@ -4,13 +4,11 @@ use crate::memory::Dma;
 use crate::virtio;
 use alloc::string::String;
 use alloc::vec::Vec;
+use guest::gaps::Gaps;
 use guest::histogram::Histogram;
 use guest::json::Object;
 pub(super) use guest::requests::{Completion, Op, Request};
 use guest::requests::{META, Requests};
-
-/// Most gaps that are kept, per queue.
-const MAX_GAPS: usize = 4096;
 
 /// What a queue counted.
 #[derive(Default)]
@@ -18,10 +16,8 @@ pub(super) struct Stats {
     pub(super) ops: u64,
     pub(super) bytes: u64,
     pub(super) latency: Histogram,
-    /// Longest time without a completion while requests were in flight, in ticks.
-    pub(super) max_gap: u64,
-    /// When long ones ended, and how long they were, in ticks. Its room is there before I/O begins.
-    pub(super) gaps: Vec<(u64, u64)>,
+    /// Times without a completion while requests were in flight.
+    pub(super) gaps: Gaps,
 }
 
 /// A queue.
@@ -34,8 +30,6 @@ pub(super) struct Queue {
     block: usize,
     /// Last completion, or the submission that ended a time without requests.
     moved: u64,
-    /// From this length on, in ticks, a gap is kept.
-    long_gap: u64,
     pub(super) stats: Stats,
     /// Requests completed since the beginning of the I/O phase.
     pub(super) total: u64,
@@ -63,22 +57,12 @@ impl Queue {
         let requests = unsafe {
             Requests::new(&mut queue.ring, meta.pointer(), data.address(0), block, depth, indirect)
         };
-        Ok(Self {
-            queue,
-            requests,
-            _meta: meta,
-            data,
-            block,
-            moved: 0,
-            long_gap: u64::MAX,
-            stats: Stats::default(),
-            total: 0,
-        })
+        Ok(Self { queue, requests, _meta: meta, data, block, moved: 0, stats: Stats::default(), total: 0 })
     }
 
     /// Keeps the gaps of at least `ticks`.
     pub(super) fn keep_gaps(&mut self, ticks: u64) {
-        self.long_gap = ticks;
+        self.stats.gaps = Gaps::new(Some(ticks));
     }
 
     pub(super) fn ring_size(&self) -> u16 {
@@ -146,11 +130,7 @@ impl Queue {
         self.stats.ops += 1;
         self.stats.bytes += u64::from(done.request.len);
         self.stats.latency.record(now.saturating_sub(done.since));
-        let gap = now.saturating_sub(self.moved);
-        self.stats.max_gap = self.stats.max_gap.max(gap);
-        if gap >= self.long_gap && self.stats.gaps.len() < self.stats.gaps.capacity() {
-            self.stats.gaps.push((now, gap));
-        }
+        self.stats.gaps.add(now, now.saturating_sub(self.moved));
         self.moved = now;
     }
 
@@ -178,10 +158,9 @@ impl Queue {
     }
 
     fn clear(&mut self) {
-        self.stats = Stats::default();
-        if self.long_gap < u64::MAX {
-            self.stats.gaps.reserve_exact(MAX_GAPS);
-        }
+        let mut gaps = core::mem::take(&mut self.stats.gaps);
+        gaps.clear();
+        self.stats = Stats { gaps, ..Stats::default() };
     }
 
     /// Asks for an interrupt with the next completion, or for none.
@@ -206,6 +185,6 @@ impl Queue {
             .number("ops", self.stats.ops)
             .number("kicks", measured.kicks)
             .number("irqs", measured.interrupts)
-            .number("max_gap_us", micros(self.stats.max_gap))
+            .number("max_gap_us", micros(self.stats.gaps.longest()))
     }
 }

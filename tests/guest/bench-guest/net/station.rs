@@ -8,6 +8,7 @@ use alloc::boxed::Box;
 use alloc::string::String;
 use guest::args;
 use guest::frame::{self, ARP_LEN, Flow, Ipv4, Mac, Protocol, Received};
+use guest::gaps::Gaps;
 use guest::json::Object;
 use guest::span::Span;
 
@@ -33,12 +34,12 @@ pub(super) struct Counters {
     arp: u64,
     icmp: u64,
     last: Option<u64>,
-    max_gap: u64,
+    gaps: Gaps,
 }
 
 impl Counters {
-    fn new(warmup: u64) -> Self {
-        Self { span: Span::new(warmup), ..Self::default() }
+    fn new(warmup: u64, gaps: Gaps) -> Self {
+        Self { span: Span::new(warmup), gaps, ..Self::default() }
     }
 
     /// Counts a received frame of the job.
@@ -46,7 +47,7 @@ impl Counters {
         self.rx += 1;
         self.rx_bytes += bytes as u64;
         if let Some(last) = self.last.replace(now) {
-            self.max_gap = self.max_gap.max(now.saturating_sub(last));
+            self.gaps.add(now, now.saturating_sub(last));
         }
     }
 
@@ -174,6 +175,7 @@ pub(super) struct Station<'a, T> {
     asked: Option<u64>,
     counters: Counters,
     progress: Option<u64>,
+    begun: u64,
     moved: u64,
     timeout: u64,
     timed_out: bool,
@@ -202,8 +204,12 @@ pub(super) fn station<'c, T: Talk + 'c>(
         peer: net.peer,
         peer_mac: net.peer_mac,
         asked: None,
-        counters: Counters::new(context.clock.ticks(net.warmup_us)),
+        counters: Counters::new(
+            context.clock.ticks(net.warmup_us),
+            Gaps::new(net.gaps_us.map(|us| context.clock.ticks(us))),
+        ),
         progress: None,
+        begun: 0,
         moved: 0,
         timeout: context.clock.ticks(wanted.timeout_us),
         timed_out: false,
@@ -308,7 +314,7 @@ impl<T: Talk> Station<'_, T> {
 
 impl<T: Talk> Job for Station<'_, T> {
     fn begin(&mut self, now: u64) {
-        self.moved = now;
+        (self.begun, self.moved) = (now, now);
         self.port.begin();
         self.talk.begin(now);
     }
@@ -320,7 +326,7 @@ impl<T: Talk> Job for Station<'_, T> {
         let reclaimed: usize = self.port.transmitters.iter_mut().map(super::port::Transmitter::reclaim).sum();
         let received = self.receive(now);
         if self.counters.span.warm(now) {
-            self.counters.max_gap = 0;
+            self.counters.gaps.clear();
             self.port.measure();
         }
         self.ask(now);
@@ -393,7 +399,7 @@ impl<T: Talk> Job for Station<'_, T> {
             .number("arp", c.arp)
             .number("icmp", c.icmp)
             .number("retransmits", c.retransmits)
-            .number("max_gap_us", self.clock.micros(c.max_gap))
+            .number("max_gap_us", self.clock.micros(c.gaps.longest()))
             .number("total_ops", c.span.total())
             .number("config_irqs", health.config_interrupts)
             .number("bogus", bogus)
@@ -402,6 +408,13 @@ impl<T: Talk> Job for Station<'_, T> {
         let event = Signals::report(event, measured, total, &self.clock);
         let event = match self.peer_mac {
             Some(mac) => event.text("peer_mac", mac),
+            None => event,
+        };
+        let event = match c.gaps.kept() {
+            Some(gaps) => {
+                let since = |at: u64| self.clock.micros(at.saturating_sub(self.begun));
+                event.pairs("gaps", gaps.iter().map(|&(end, gap)| (since(end), self.clock.micros(gap))))
+            }
             None => event,
         };
         let (event, good) = self.talk.report(event, c, &self.clock);

@@ -42,6 +42,8 @@ pub struct Net {
     pub receive_buffer: u32,
     /// Time before the measurement begins, from the first frame, in microseconds.
     pub warmup_us: u64,
+    /// Times of at least so long without a frame are reported, in microseconds.
+    pub gaps_us: Option<u64>,
 }
 
 impl Net {
@@ -70,6 +72,7 @@ impl Net {
             offload,
             receive_buffer: words.number("rxbuf", 2048, 128, 1 << 17)? as u32,
             warmup_us: words.micros("warmup", 0)?,
+            gaps_us: words.maybe_micros("gaps")?,
         })
     }
 

@@ -14,6 +14,16 @@ fn every_way_to_end_ends() {
     }
 }
 
+/// Which finds memory and devices at other places than the small one that all other tests boot by.
+#[test]
+fn the_usual_firmware_boots_it_too() {
+    for (accel, _dir) in accels().into_iter().take(1) {
+        let args = ["-M", "q35", "-bios", "bios-256k.bin"].map(str::to_owned);
+        let events = Vm::start(accel, &args, "end=poweroff job=idle secs=0.05").run();
+        assert_eq!(one(&events, "done")["ok"], true);
+    }
+}
+
 #[test]
 fn failures_of_the_guest_are_reported() {
     for (accel, _dir) in accels() {

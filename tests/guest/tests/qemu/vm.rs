@@ -3,7 +3,7 @@
 use serde_json::Value;
 use std::fs::File;
 use std::io::{BufRead, BufReader, Write};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, Command, Stdio};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use std::time::{Duration, Instant};
@@ -11,6 +11,8 @@ use tempfile::TempDir;
 
 /// No guest of these tests takes longer.
 const PATIENCE: Duration = Duration::from_secs(150);
+
+const QBOOT: &str = "/usr/share/qemu/qboot.rom";
 
 /// How QEMU runs the guest.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -93,6 +95,10 @@ impl Vm {
             Accel::Kvm => command.args(["-enable-kvm", "-cpu", "host,migratable=off,-arch-capabilities"]),
             Accel::Tcg => command.args(["-accel", "tcg"]),
         };
+        // QEMU's smallest firmware. SeaBIOS takes seconds where firmware is emulated.
+        if Path::new(QBOOT).exists() {
+            command.args(["-bios", QBOOT]);
+        }
         command.args(["-m", "128", "-nodefaults", "-display", "none", "-serial", "stdio", "-no-reboot"]);
         command.args(["-kernel", env!("CARGO_BIN_EXE_bench-guest"), "-append", cmdline]).args(args);
         let mut qemu =
