@@ -120,8 +120,16 @@ pub(crate) struct Worker {
 }
 
 impl Worker {
-    pub(crate) fn new(disk: Arc<Disk>, ring: Ring, orders: Receiver<QueueOrder>, backend: Backend) -> Self {
+    pub(crate) fn new(
+        disk: Arc<Disk>,
+        mut ring: Ring,
+        orders: Receiver<QueueOrder>,
+        backend: Backend,
+    ) -> Self {
         let null = matches!(disk.store, Store::Null(_));
+        if !null {
+            ring.look_ahead();
+        }
         let negotiated = |bit: u32| ring.features() & 1 << bit != 0;
         let erases = disk.store.erases();
         let limits = Limits {

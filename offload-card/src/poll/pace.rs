@@ -214,13 +214,13 @@ impl Pacer {
         Next::Look
     }
 
-    /// The thread is about to sleep. If that is because there is nothing to do, and not because it has looked for long enough, it
-    /// runs as soon as there is, until that is done.
+    /// The thread is about to sleep. If it does not look at all now, it runs as soon as there is something to do, until that is done.
+    /// One that looks for one thing and sleeps for another stays as it is: a turn is a system call.
     pub fn sleeps(&mut self) {
         self.awake.set(false);
         if self.policy.mode == PollMode::Never
             || self.others.waiting()
-            || self.windows[self.awaited as usize].is_zero()
+            || self.windows.iter().all(Duration::is_zero)
         {
             self.take_turn(Turn::First);
         }
@@ -380,6 +380,12 @@ mod tests {
         assert_eq!(adaptive.pacer.turn, Turn::First);
         adaptive.gap(20 * US);
         assert_eq!((adaptive.pacer.turn, adaptive.sleeps), (Turn::Usual, 1));
+        // What it sleeps for is the storage; for the driver it looks.
+        for _ in 0..10 {
+            adaptive.gap_of(Awaited::Completions, 25 * US);
+            assert_eq!(adaptive.pacer.turn, Turn::Usual);
+            adaptive.gap_of(Awaited::Driver, 3 * US);
+        }
         for _ in 0..10 {
             adaptive.gap(1000 * US);
         }

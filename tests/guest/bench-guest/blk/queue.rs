@@ -3,7 +3,6 @@
 use crate::memory::Dma;
 use crate::virtio;
 use alloc::string::String;
-use alloc::vec::Vec;
 use guest::gaps::Gaps;
 use guest::histogram::Histogram;
 use guest::json::Object;
