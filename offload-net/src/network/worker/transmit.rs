@@ -17,9 +17,12 @@ use crate::network::tx::{self, TxHead};
 use crate::network::uplink::Uplink;
 use crate::switch::{Ingress, PortId};
 
-/// Frames taken from one source before the next has its turn.
-const BUDGET: usize = 64;
-/// And bytes: receivers are told at the end of a turn, and are to work on what they got while we go on.
+/// Frames taken from one device before the next has its turn. At its end both sides are told, and work on what they got or got
+/// back while we go on: with turns of 64, and senders that have so many under way, they and we worked in turns only.
+const BUDGET: usize = 16;
+/// The same of the host, who costs a system call to ask whether there are more.
+const HOST_BUDGET: usize = 64;
+/// And bytes.
 const BUDGET_BYTES: usize = 256 << 10;
 /// A chain's descriptors cost its sender as much of [`BUDGET_BYTES`] as so many bytes each.
 const DESCRIPTOR_BYTES: usize = 128;
@@ -211,7 +214,7 @@ impl Worker {
     pub(super) fn receive(&mut self) {
         let mut buf = std::mem::take(&mut self.from_host);
         let mut bytes = 0;
-        for _ in 0..BUDGET {
+        for _ in 0..HOST_BUDGET {
             if bytes > BUDGET_BYTES {
                 break;
             }
