@@ -26,7 +26,7 @@ pub enum Turn {
     /// For a short time, and soon: for what consists of many short steps of several threads that a guest waits for.
     Soon,
     /// As soon as it is woken, and until it has nothing more to do: for what sleeps then. As [`Turn::Soon`] where
-    /// this process may not have more than others. Threads that it starts have [`Turn::Usual`].
+    /// this process may not have more than others. Threads that it starts have the usual slice, and no precedence.
     First,
 }
 
@@ -134,7 +134,7 @@ mod tests {
 
     #[test]
     fn without_the_right_to_it_first_is_soon() {
-        // A thread's own; nextest gives each test a process of its own, so that nobody else is denied it.
+        // Capabilities are the thread's own. The limit, and that it was denied, are the process's, which is this test's alone.
         thread::spawn(|| {
             let limit = Rlimit { current: Some(0), maximum: Some(0) };
             setrlimit(Resource::Nice, limit).unwrap();

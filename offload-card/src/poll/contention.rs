@@ -10,8 +10,9 @@ use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::time::{Duration, Instant};
 
-use super::awake;
 use rustix::time::{ClockId, clock_gettime};
+
+use super::awake;
 
 /// How often the scheduler is asked.
 const WINDOW: Duration = Duration::from_millis(4);

@@ -14,7 +14,7 @@ fn every_way_to_end_ends() {
     }
 }
 
-/// Which finds memory and devices at other places than the small one that all other tests boot by.
+/// All other tests boot by a smaller one, where it is installed.
 #[test]
 fn the_usual_firmware_boots_it_too() {
     for (accel, _dir) in accels().into_iter().take(1) {
