@@ -61,7 +61,6 @@ pub(super) struct Load<'a, S> {
     errors: u64,
     first_error: Option<String>,
     timed_out: bool,
-    gaps: bool,
 }
 
 impl<'a, S: Source> Load<'a, S> {
@@ -89,7 +88,6 @@ impl<'a, S: Source> Load<'a, S> {
             errors: 0,
             first_error: None,
             timed_out: false,
-            gaps: gaps_us.is_some(),
         }
     }
 
@@ -261,7 +259,7 @@ impl<S: Source> Job for Load<'_, S> {
                 "per_queue",
                 self.disk.queues.iter().map(|queue| queue.report(|ticks| clock.micros(ticks))),
             );
-        if self.gaps {
+        if self.disk.queues.iter().any(|queue| queue.stats.gaps.kept().is_some()) {
             let since = |at: u64| clock.micros(at.saturating_sub(self.begun));
             let all = self.disk.queues.iter().filter_map(|queue| queue.stats.gaps.kept()).flatten();
             event = event.pairs("gaps", all.map(|&(end, gap)| (since(end), clock.micros(gap))));
