@@ -36,8 +36,8 @@ const RESTORE_STACK_BYTES: usize = 512 * 1024;
 
 /// A device id's place.
 enum Place {
-    /// Being created or deleted by a call that runs now.
-    Busy,
+    /// Being created, changed or deleted by a call that runs now. One that was lost is for all others lost until then.
+    Busy(Option<Lost>),
     /// Served.
     Live(Arc<Live>),
     /// In the records, but it could not be made again yet.
@@ -49,15 +49,22 @@ impl Place {
         matches!(self, Self::Lost(lost) if lost.attempt == Some(number))
     }
 
-    /// Makes it busy; why it was lost.
-    fn take_why(&mut self) -> String {
-        match std::mem::replace(self, Self::Busy) {
-            Self::Lost(lost) => lost.why,
-            Self::Busy | Self::Live(_) => String::new(),
+    /// Makes it busy. What was lost, if it was.
+    fn hold(&mut self) -> Option<Lost> {
+        let lost = self.lost().cloned();
+        *self = Self::Busy(lost.clone());
+        lost
+    }
+
+    fn lost(&self) -> Option<&Lost> {
+        match self {
+            Self::Lost(lost) | Self::Busy(Some(lost)) => Some(lost),
+            Self::Live(_) | Self::Busy(None) => None,
         }
     }
 }
 
+#[derive(Clone)]
 struct Lost {
     spec: Box<DeviceSpec>,
     why: String,
@@ -156,7 +163,7 @@ impl<F: DeviceFactory> Registry<F> {
     fn try_again(&self, id: &str) -> bool {
         let (spec, attempt) = match self.places().get_mut(id) {
             // A call has it, and may leave it lost.
-            Some(Place::Busy) => return true,
+            Some(Place::Busy(_)) => return true,
             Some(Place::Lost(lost)) => {
                 let attempt = self.attempts.fetch_add(1, Ordering::Relaxed);
                 lost.attempt = Some(attempt);
@@ -167,11 +174,8 @@ impl<F: DeviceFactory> Registry<F> {
         let notifier = ConfigNotifier::default();
         // This may take for ever; the rest does not.
         let device = self.factory.create(&spec, notifier.clone());
-        let before = match self.places().get_mut(id) {
-            Some(place) if place.is_attempt(attempt) => Some(place.take_why()),
-            _ => None,
-        };
-        let Some(before) = before else {
+        let held = self.places().get_mut(id).filter(|p| p.is_attempt(attempt)).and_then(|p| p.hold());
+        let Some(before) = held else {
             self.give_up(id, device.ok());
             return false;
         };
@@ -182,7 +186,7 @@ impl<F: DeviceFactory> Registry<F> {
             }
             Err(e) => {
                 let why = e.to_string();
-                if why != before {
+                if why != before.why {
                     warn!("device {id} cannot be made again, and is tried again: {why}");
                 }
                 Place::Lost(Lost { spec, why, attempt: None })
@@ -201,7 +205,7 @@ impl<F: DeviceFactory> Registry<F> {
         // What it has left beside its record came after the deletion, so it goes now, unless there is another device of that
         // name, to which it belongs then. Nobody makes one as long as the place is taken.
         match self.places().entry(id.to_owned()) {
-            Entry::Vacant(place) => place.insert(Place::Busy),
+            Entry::Vacant(place) => place.insert(Place::Busy(None)),
             Entry::Occupied(_) => return,
         };
         self.factory.forget(id);
@@ -272,7 +276,7 @@ impl<F: DeviceFactory> Registry<F> {
         check_limits(spec)?;
         match self.places().get(&spec.id) {
             None | Some(Place::Lost(_)) => {}
-            Some(Place::Busy) => return Err(busy(&spec.id)),
+            Some(Place::Busy(_)) => return Err(busy(&spec.id)),
             Some(Place::Live(live)) if same(&live.spec(), spec) => return Ok(live.describe()),
             Some(Place::Live(_)) => return Err(exists(&spec.id)),
         }
@@ -287,20 +291,21 @@ impl<F: DeviceFactory> Registry<F> {
         check_limits(spec)?;
         let was_lost = {
             let mut places = self.places();
-            let was_lost = match places.get(&spec.id) {
-                None => false,
-                Some(Place::Busy | Place::Lost(Lost { attempt: Some(_), .. })) => return Err(busy(&spec.id)),
+            match places.get(&spec.id) {
+                None => {}
+                Some(Place::Busy(_) | Place::Lost(Lost { attempt: Some(_), .. })) => {
+                    return Err(busy(&spec.id));
+                }
                 Some(Place::Live(live)) if same(&live.spec(), spec) => {
                     let live = live.clone();
                     drop(places);
                     return self.limit(&live, spec.limits, spec.net_limits);
                 }
                 // Perhaps what was missing is there now.
-                Some(Place::Lost(lost)) if same(&lost.spec, spec) => true,
+                Some(Place::Lost(lost)) if same(&lost.spec, spec) => {}
                 Some(Place::Live(_) | Place::Lost(_)) => return Err(exists(&spec.id)),
-            };
-            places.insert(spec.id.clone(), Place::Busy);
-            was_lost
+            }
+            places.entry(spec.id.clone()).or_insert(Place::Busy(None)).hold().is_some()
         };
         // The record comes first: from the moment anybody can know of the device, a crash does not lose it.
         let recorded = records::write(&self.directory, spec);
@@ -353,11 +358,8 @@ impl<F: DeviceFactory> Registry<F> {
                     drop(places);
                     return self.limit(&live, limits, net_limits);
                 }
-                Some(Place::Busy | Place::Lost(Lost { attempt: Some(_), .. })) => return Err(busy(id)),
-                Some(place @ Place::Lost(_)) => match std::mem::replace(place, Place::Busy) {
-                    Place::Lost(lost) => lost,
-                    Place::Busy | Place::Live(_) => return Err(busy(id)),
-                },
+                Some(Place::Busy(_) | Place::Lost(Lost { attempt: Some(_), .. })) => return Err(busy(id)),
+                Some(place @ Place::Lost(_)) => place.hold().ok_or_else(|| busy(id))?,
             }
         };
         let spec = DeviceSpec { limits, net_limits, ..(*lost.spec).clone() };
@@ -403,11 +405,11 @@ impl<F: DeviceFactory> Registry<F> {
             let mut places = self.places();
             let live = match places.get(id) {
                 None => return Err(not_found(id)),
-                Some(Place::Busy) => return Err(busy(id)),
+                Some(Place::Busy(_)) => return Err(busy(id)),
                 Some(Place::Live(live)) => Some(live.clone()),
                 Some(Place::Lost(_)) => None,
             };
-            places.insert(id.to_owned(), Place::Busy);
+            places.insert(id.to_owned(), Place::Busy(None));
             live
         };
         // Whoever sets its limits is done before its record goes, or finds it busy.
@@ -433,9 +435,8 @@ impl<F: DeviceFactory> Registry<F> {
         self.places()
             .values()
             .filter_map(|place| match place {
-                Place::Busy => None,
                 Place::Live(live) => Some(live.describe()),
-                Place::Lost(lost) => Some(describe_lost(lost)),
+                Place::Lost(_) | Place::Busy(_) => place.lost().map(describe_lost),
             })
             .collect()
     }
@@ -445,7 +446,7 @@ impl<F: DeviceFactory> Registry<F> {
         let places = self.places();
         let live = |place: &Place| match place {
             Place::Live(live) => Some(live.server.stats(&live.id)),
-            Place::Busy | Place::Lost(_) => None,
+            Place::Busy(_) | Place::Lost(_) => None,
         };
         if id.is_empty() {
             return Ok(places.values().filter_map(live).collect());
@@ -462,8 +463,7 @@ impl<F: DeviceFactory> Registry<F> {
         for place in places.values() {
             match place {
                 Place::Live(live) => stats.push(live.server.stats(&live.id)),
-                Place::Lost(_) => lost += 1,
-                Place::Busy => {}
+                Place::Lost(_) | Place::Busy(_) => lost += usize::from(place.lost().is_some()),
             }
         }
         (stats, lost)
@@ -476,7 +476,7 @@ impl<F: DeviceFactory> Registry<F> {
             .into_values()
             .filter_map(|p| match p {
                 Place::Live(live) => Some(live),
-                Place::Busy | Place::Lost(_) => None,
+                Place::Busy(_) | Place::Lost(_) => None,
             })
             .collect();
         for device in &live {

@@ -13,6 +13,8 @@ enum Storage {
     Works,
     Missing,
     Hangs,
+    /// It opens, and hangs as soon as something is wanted of it.
+    HangsOpen,
 }
 
 #[derive(Default)]
@@ -31,6 +33,11 @@ impl Storages {
     fn set(&self, id: &str, storage: Storage) {
         self.0.storage.lock().unwrap().insert(id.to_owned(), storage);
         self.0.changed.notify_all();
+    }
+
+    fn wait_while(&self, id: &str, storage: Storage) -> MutexGuard<'_, BTreeMap<String, Storage>> {
+        let all = self.0.storage.lock().unwrap();
+        self.0.changed.wait_while(all, |all| all.get(id) == Some(&storage)).unwrap()
     }
 
     fn closed(&self, id: &str) -> bool {
@@ -58,6 +65,10 @@ impl Device for Nothing {
     fn stop_queue(&self, _: u16, _: Instant) -> Result<Option<RingState>, Busy> {
         Ok(None)
     }
+    fn set_limits(&self, _: Limits) -> Result<(), Error> {
+        drop(self.2.wait_while(&self.1, Storage::HangsOpen));
+        Ok(())
+    }
     fn reset(&self) {}
     fn close(&self) {
         self.2.0.closed.lock().unwrap().push(self.1.clone());
@@ -70,10 +81,9 @@ impl DeviceFactory for Storages {
     }
 
     fn create(&self, spec: &DeviceSpec, _: ConfigNotifier) -> Result<Arc<dyn Device>, Error> {
-        let hangs = |all: &mut BTreeMap<String, Storage>| all.get(&spec.id) == Some(&Storage::Hangs);
-        let all = self.0.changed.wait_while(self.0.storage.lock().unwrap(), hangs).unwrap();
+        let all = self.wait_while(&spec.id, Storage::Hangs);
         match all.get(&spec.id) {
-            Some(Storage::Works) => {
+            Some(Storage::Works | Storage::HangsOpen) => {
                 let mut kept = self.0.kept.lock().unwrap();
                 kept.retain(|k| *k != spec.id);
                 kept.push(spec.id.clone());
@@ -183,6 +193,18 @@ fn a_lost_device_stays_lost_when_it_is_created_in_vain() {
     // One that never was leaves nothing behind.
     assert!(registry.create(&spec("b")).is_err());
     assert!(!setup.recorded("b") && broken(&registry, "b").is_none());
+}
+
+#[test]
+fn a_lost_device_is_listed_while_it_comes_back() {
+    let setup = Setup::new(&[("a", Storage::HangsOpen)]);
+    let registry = setup.start(Duration::from_millis(10));
+    eventually("being made", || registry.validate(&spec("a")).is_err());
+    assert!(broken(&registry, "a").is_some_and(|why| why.contains("not been made again yet")));
+    assert_eq!((registry.numbers().1, registry.len()), (1, 1));
+    setup.storages.set("a", Storage::Works);
+    eventually("back", || broken(&registry, "a").expect("it is listed").is_empty());
+    assert_eq!(registry.numbers().1, 0);
 }
 
 #[test]
