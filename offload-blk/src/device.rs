@@ -15,6 +15,7 @@ use tracing::{Span, debug, warn};
 use virtio_bindings::virtio_ids::VIRTIO_ID_BLOCK;
 
 use crate::config::{CONFIG_BYTES, Config};
+use crate::io::{MapLimit, Seen};
 use crate::mode::ModeFile;
 use crate::queue::{QueueHost, QueueStart, host_error};
 use crate::request::ID_BYTES;
@@ -42,6 +43,8 @@ pub struct DiskConfig {
     pub serial: String,
     /// How to do I/O.
     pub engine: IoEngine,
+    /// How much of its image may be mapped, together with those of others, to read what is in the page cache.
+    pub map_limit: Arc<MapLimit>,
     /// When its queues poll.
     pub poll: PollPolicy,
     /// Who calls its queues: [`crate::Threads`], if it is all the same.
@@ -79,8 +82,8 @@ impl BlockDevice {
     /// # Errors
     /// `InvalidField`: `queues` or `queue_size` is out of its range.
     pub fn new(config: DiskConfig) -> Result<Self, Error> {
-        let DiskConfig { name, store, queues, queue_size, serial, engine, poll, host, storage, mode_file } =
-            config;
+        let DiskConfig { name, store, queues, queue_size, serial, engine, map_limit, .. } = config;
+        let DiskConfig { poll, host, storage, mode_file, .. } = config;
         if queues == 0 {
             return Err(Error::invalid_field("queues", "a disk has at least one queue"));
         }
@@ -108,6 +111,7 @@ impl BlockDevice {
             config,
             serial: id,
             engine,
+            seen: Arc::new(Seen::new(map_limit)),
             limiter: Arc::default(),
             share: storage.share(queues),
         });

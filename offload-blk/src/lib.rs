@@ -5,7 +5,7 @@
 //! [`QueueHost`] says who calls it: threads ([`Threads`]), or a VMM's vCPU thread ([`Inline`]).
 //!
 //! ```text
-//!   ring ──pop──► request ──► slot (iovecs straight into guest memory) ──► io_uring, preadv2, pwritev2 ──► image
+//!   ring ──pop──► request ──► slot (iovecs straight into guest memory) ──► a copy, preadv2, pwritev2, io_uring ──► image
 //!     ▲                         │                    what O_DIRECT does not take: by the page cache
 //!     └──push, publish── status ┘
 //! ```
@@ -34,6 +34,7 @@ mod worker;
 pub use device::{BlockDevice, DiskConfig, MAX_QUEUE_SIZE, MIN_QUEUE_SIZE};
 pub use erase::{Erase, MAX_RANGE_SECTORS, MAX_RANGES, Range};
 pub use image::{Geometry, Image, SECTOR_BYTES};
+pub use io::MapLimit;
 pub use mode::ModeFile;
 pub use queue::{BlockQueue, Inline, Progress, QueueHost, QueueStart};
 pub use request::{HEADER_BYTES, ID_BYTES, Limits, NoStatus, Request, Status, parse};

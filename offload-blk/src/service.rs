@@ -19,6 +19,7 @@ use tracing::{info, warn};
 
 use crate::device::{BlockDevice, DiskConfig};
 use crate::image::Image;
+use crate::io::MapLimit;
 use crate::mode::ModeFile;
 use crate::qcow2;
 use crate::request::ID_BYTES;
@@ -36,6 +37,7 @@ const MAX_POLL_US: u32 = 1_000_000;
 #[derive(Debug)]
 pub struct StorageCard {
     engine: IoEngine,
+    map_limit: Arc<MapLimit>,
     poll: PollPolicy,
     /// Where cache modes are kept.
     modes: PathBuf,
@@ -46,12 +48,17 @@ pub struct StorageCard {
 }
 
 impl StorageCard {
-    /// One whose disks do I/O by `engine` and, unless their specification says otherwise, poll as `poll` says. What must
+    /// One whose disks do I/O by `engine`, map no more of their images than `map_limit` and, unless their specification says otherwise, poll as `poll` says. What must
     /// outlive the process is kept in `runtime_dir`.
     ///
     /// # Errors
     /// `Host`: the directory cannot be used.
-    pub fn new(engine: IoEngine, poll: PollPolicy, runtime_dir: &Path) -> Result<Self, Error> {
+    pub fn new(
+        engine: IoEngine,
+        map_limit: MapLimit,
+        poll: PollPolicy,
+        runtime_dir: &Path,
+    ) -> Result<Self, Error> {
         let failed = |path: &Path, e: std::io::Error| {
             let message = format!("cannot make directory {}: {e}", path.display());
             Error::new(Code::Internal, ErrorReason::Host, message)
@@ -62,7 +69,15 @@ impl StorageCard {
         std::fs::create_dir_all(&modes).map_err(|e| failed(&modes, e))?;
         let suspects = runtime_dir.join("suspects");
         let suspects = Suspects::new(suspects.clone()).map_err(|e| failed(&suspects, e))?;
-        Ok(Self { engine, poll, modes, suspects, disks: Mutex::default(), storages: Storages::default() })
+        Ok(Self {
+            engine,
+            map_limit: Arc::new(map_limit),
+            poll,
+            modes,
+            suspects,
+            disks: Mutex::default(),
+            storages: Storages::default(),
+        })
     }
 
     fn disks(&self) -> MutexGuard<'_, BTreeMap<String, (Weak<BlockDevice>, ConfigNotifier)>> {
@@ -128,6 +143,7 @@ impl StorageCard {
             queue_size,
             serial: if serial.is_empty() { spec.id.clone() } else { serial.clone() },
             engine: self.engine,
+            map_limit: self.map_limit.clone(),
             poll: self.policy(block)?,
             host: Arc::new(Threads::default()),
             mode_file: Some(self.mode_file(&spec.id)),
@@ -261,8 +277,8 @@ mod tests {
     #[test]
     fn a_disk_over_which_the_card_has_died_does_not_keep_the_others_from_being_made() {
         let dir = tempfile::tempdir().unwrap();
-        let card =
-            StorageCard::new(IoEngine::Sync, PollPolicy::default(), dir.path()).expect("a storage card");
+        let card = StorageCard::new(IoEngine::Sync, MapLimit::default(), PollPolicy::default(), dir.path())
+            .expect("a storage card");
         let spec = |id: &str| {
             let path = dir.path().join(id);
             std::fs::File::create(&path).and_then(|f| f.set_len(1 << 20)).unwrap();

@@ -19,7 +19,7 @@ use virtio_bindings::virtio_blk::{VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_WRITE_ZEROE
 
 use crate::config::Config;
 use crate::erase::{MAX_RANGES, Range};
-use crate::io::{Backend, Begun, Op};
+use crate::io::{Backend, Begun, Op, Seen};
 use crate::queue::Progress;
 use crate::request::{HEADER_BYTES, ID_BYTES, Limits, NoStatus, Request, Status, parse};
 use crate::share::{Share, cost};
@@ -65,6 +65,7 @@ pub(crate) struct Disk {
     pub(crate) config: Config,
     pub(crate) serial: [u8; ID_BYTES],
     pub(crate) engine: IoEngine,
+    pub(crate) seen: Arc<Seen>,
     pub(crate) limiter: Arc<Limiter>,
     pub(crate) share: Arc<Share>,
 }
@@ -196,6 +197,10 @@ impl Worker {
         let kicks = self.backend.kicks();
         if kicks > 0 {
             self.ring.counters().kicks.add(kicks);
+        }
+        let copied = self.backend.copied();
+        if copied > 0 {
+            self.ring.counters().copied.add(copied);
         }
         if self.stopping && self.active == 0 && self.ring.recovered() == 0 {
             Progress::Ended

@@ -1,5 +1,6 @@
 //! How a queue moves data between guest memory and the image, and what it waits with.
 
+mod cached;
 mod calls;
 mod uring;
 mod waiter;
@@ -11,6 +12,8 @@ use std::time::Duration;
 
 use offload_card::event::Event;
 
+pub use cached::MapLimit;
+pub(crate) use cached::Seen;
 use uring::Uring;
 use waiter::Waiter;
 
@@ -157,7 +160,7 @@ pub(crate) enum Backend {
 }
 
 impl Backend {
-    /// For up to `depth` transfers at a time on `store`. The error is of io_uring if that was what `engine` insisted on; the
+    /// For up to `depth` transfers at a time on `store`, of which `seen` knows what is in the page cache. The error is of io_uring if that was what `engine` insisted on; the
     /// second value if io_uring was tried and given up.
     pub(crate) fn new(
         store: &Store,
@@ -165,12 +168,13 @@ impl Backend {
         depth: u16,
         engine: IoEngine,
         used: Used,
+        seen: &Arc<Seen>,
     ) -> io::Result<(Self, Option<io::Error>)> {
         let Some(target) = Target::of(store) else { return Ok((Self::Null(Waiter::new(wakers)?), None)) };
         let mut refused = None;
         if used != Used::ByAny && engine != IoEngine::Sync {
             let here = engine == IoEngine::Auto;
-            match Uring::new(target.clone(), wakers.try_clone()?, depth, here, used) {
+            match Uring::new(target.clone(), wakers.try_clone()?, depth, here, used, seen) {
                 Ok(uring) => return Ok((Self::Uring(Box::new(uring)), None)),
                 Err(e) if engine == IoEngine::IoUring => return Err(e),
                 Err(e) => refused = Some(e),
@@ -235,6 +239,14 @@ impl Backend {
         })
     }
 
+    /// Bytes copied by our own instructions since this was asked last.
+    pub(crate) fn copied(&mut self) -> u64 {
+        match self {
+            Self::Null(_) | Self::Calls(..) => 0,
+            Self::Uring(uring) => std::mem::take(&mut uring.cached.copied),
+        }
+    }
+
     /// The next completion.
     pub(crate) fn completion(&mut self) -> Option<Completion> {
         match self {
@@ -258,6 +270,15 @@ mod tests {
         (file, Store::Image(Arc::new(image)))
     }
 
+    fn backend(
+        store: &Store,
+        wakers: Wakers,
+        depth: u16,
+        engine: IoEngine,
+    ) -> io::Result<(Backend, Option<io::Error>)> {
+        Backend::new(store, wakers, depth, engine, Used::ByOne, &Arc::new(Seen::new(Arc::default())))
+    }
+
     fn wakers() -> Wakers {
         Wakers { kick: Event::new().unwrap(), orders: Event::new().unwrap() }
     }
@@ -272,7 +293,7 @@ mod tests {
             let kick = wakers.kick.as_raw_fd();
             // SAFETY: both are open, and the number stays `kick`'s, for something else now.
             assert_eq!(unsafe { libc::dup2(path_only.as_raw_fd(), kick) }, kick);
-            Backend::new(&store, wakers, 16, engine, Used::ByOne).map(|(_, refused)| refused)
+            backend(&store, wakers, 16, engine).map(|(_, refused)| refused)
         };
         // To wait by epoll is refused, too: nothing is left.
         for engine in [IoEngine::IoUring, IoEngine::Auto] {
@@ -284,8 +305,7 @@ mod tests {
     #[test]
     fn what_finds_no_room_is_told_so_and_nothing_gets_lost() {
         let (_file, store) = image();
-        let (mut backend, refused) =
-            Backend::new(&store, wakers(), 2, IoEngine::IoUring, Used::ByOne).unwrap();
+        let (mut backend, refused) = backend(&store, wakers(), 2, IoEngine::IoUring).unwrap();
         assert!(refused.is_none());
         let mut memory = [0u8; 512];
         let iovecs = [libc::iovec { iov_base: memory.as_mut_ptr().cast(), iov_len: 512 }];
@@ -321,7 +341,7 @@ mod tests {
     fn a_wait_ends_in_time() {
         let (_file, store) = image();
         for engine in [IoEngine::IoUring, IoEngine::Sync] {
-            let (mut backend, _) = Backend::new(&store, wakers(), 2, engine, Used::ByOne).unwrap();
+            let (mut backend, _) = backend(&store, wakers(), 2, engine).unwrap();
             let wait = Duration::from_micros(300);
             // The machine may be busy, but not each time.
             let exact = (0..1000).any(|_| {

@@ -12,8 +12,8 @@
 //!
 //! What only the image's format can do, its own threads do, and say so by an eventfd that is a third poll.
 //!
-//! What needs no waiting is quicker without a ring: data in the page cache is read by a preadv2 that must not block, and
-//! a small write goes into the page cache by pwritev2, which io_uring would hand to a worker thread.
+//! What needs no waiting is quicker without a ring: data in the page cache is copied from there if it was seen there
+//! before ([`super::cached`]), or read by a preadv2 that must not block, and a small write goes into the page cache by pwritev2, which io_uring would hand to a worker thread.
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
@@ -24,6 +24,7 @@ use io_uring::types::{Fd, FsyncFlags, SubmitArgs, Timespec};
 use io_uring::{IoUring, cqueue, opcode, squeue};
 use tracing::warn;
 
+use super::cached::{Cached, Seen};
 use super::{Begun, Completion, Op, Target, Transfer, Used, Wakers, calls};
 use crate::image::Image;
 use crate::qcow2::{Mailbox, Qcow2, Work};
@@ -61,6 +62,7 @@ pub(crate) struct Uring {
     /// Reads are tried here first, as long as the file system can say that it would have to wait.
     read_here: bool,
     write_here: bool,
+    pub(super) cached: Cached,
 }
 
 impl Uring {
@@ -72,6 +74,7 @@ impl Uring {
         depth: u16,
         here: bool,
         used: Used,
+        seen: &Arc<Seen>,
     ) -> io::Result<Self> {
         let Target { image, qcow2 } = target;
         // One entry per transfer and three for the polls.
@@ -82,8 +85,16 @@ impl Uring {
             Ok(Formatted { qcow2, mailbox, pending: 0, done: Vec::with_capacity(depth.into()) })
         });
         let formatted = formatted.transpose()?;
-        let mut uring =
-            Self { ring, image, formatted, wakers, kicks: 0, read_here: cached, write_here: cached };
+        let mut uring = Self {
+            ring,
+            cached: Cached::new(seen.clone()),
+            image,
+            formatted,
+            wakers,
+            kicks: 0,
+            read_here: cached,
+            write_here: cached,
+        };
         uring.watch(KICK)?;
         uring.watch(ORDERS)?;
         uring.watch(FORMATTED)?;
@@ -201,6 +212,11 @@ impl Uring {
         match transfer.op {
             Op::Read if self.read_here => {
                 // SAFETY: the caller's promise is ours.
+                let copied = unsafe { self.cached.read(transfer.offset, transfer.iovecs) };
+                if copied.is_some() {
+                    return copied;
+                }
+                // SAFETY: as above.
                 match -unsafe { calls::transfer(&self.image, transfer, libc::RWF_NOWAIT) } {
                     libc::EAGAIN => None,
                     libc::EOPNOTSUPP => {
@@ -209,7 +225,10 @@ impl Uring {
                     }
                     // An end that is not there, or an error: the ring's word counts.
                     0.. => None,
-                    moved => Some(-moved),
+                    moved => {
+                        self.cached.saw(&self.image, transfer.offset, moved.unsigned_abs() as usize);
+                        Some(-moved)
+                    }
                 }
             }
             Op::Write

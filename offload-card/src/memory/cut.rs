@@ -4,14 +4,13 @@
 //! any time unless it is sealed, which not every front-end can do. A card serves many guests, so one front-end must not be
 //! able to kill it. For mappings guarded here the signal's handler puts an empty page where the file's was: the one who cut
 //! it sees rubbish, nobody else sees anything.
-
 //!
 //! A file that is sealed against shrinking needs no guard. One that is not, and for which no guard is left, is not mapped.
 
 use std::fs::File;
 use std::io;
 use std::ptr;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Once};
 
 use nix::fcntl::{FcntlArg, SealFlag, fcntl};
@@ -29,12 +28,23 @@ struct Range {
     length: AtomicUsize,
     /// Unit in which the file can be replaced, if 4 KiB is not possible (huge pages).
     block: AtomicUsize,
+    /// Some of it has been replaced.
+    replaced: AtomicBool,
+}
+
+impl Range {
+    const fn free() -> Self {
+        Self {
+            start: AtomicUsize::new(0),
+            length: AtomicUsize::new(0),
+            block: AtomicUsize::new(0),
+            replaced: AtomicBool::new(false),
+        }
+    }
 }
 
 /// Read by the signal's handler, so there is no lock.
-static RANGES: [Range; MAX_RANGES] =
-    [const { Range { start: AtomicUsize::new(0), length: AtomicUsize::new(0), block: AtomicUsize::new(0) } };
-        MAX_RANGES];
+static RANGES: [Range; MAX_RANGES] = [const { Range::free() }; MAX_RANGES];
 
 /// How many guarded mappings one device has. Clones are the same quota.
 #[derive(Debug, Clone, Default)]
@@ -84,9 +94,11 @@ impl Guard {
     /// # Errors
     /// `QuotaExceeded`: no guard is left for it.
     pub(crate) fn new(mapping: &MmapRegion<()>, file: &File, block: u64, quota: &Quota) -> io::Result<Self> {
-        if cannot_be_cut(file, block) {
-            return Ok(Self(None));
-        }
+        if cannot_be_cut(file, block) { Ok(Self(None)) } else { Self::always(mapping, block, quota) }
+    }
+
+    /// As [`Guard::new`], whatever the file is.
+    pub(super) fn always(mapping: &MmapRegion<()>, block: u64, quota: &Quota) -> io::Result<Self> {
         let exceeded = |what| io::Error::new(io::ErrorKind::QuotaExceeded, what);
         static INSTALL: Once = Once::new();
         INSTALL.call_once(|| {
@@ -103,9 +115,15 @@ impl Guard {
         };
         let range = &RANGES[slot];
         range.length.store(mapping.size(), Ordering::Relaxed);
+        range.replaced.store(false, Ordering::Relaxed);
         range.block.store(usize::try_from(block).unwrap_or(PAGE_BYTES), Ordering::Relaxed);
         range.start.store(mapping.as_ptr() as usize, Ordering::Release);
         Ok(Self(Some(Place { slot, quota: quota.clone() })))
+    }
+
+    /// Some of the mapping is not the file's any more. What has been read before this was asked, from what it says is good, is good.
+    pub(super) fn has_replaced(&self) -> bool {
+        self.0.as_ref().is_some_and(|place| RANGES[place.slot].replaced.load(Ordering::Acquire))
     }
 }
 
@@ -149,6 +167,8 @@ fn mend(address: usize) -> bool {
     let Some(range) = RANGES.iter().find(inside) else {
         return false;
     };
+    // Before anybody can read the empty page.
+    range.replaced.store(true, Ordering::Release);
     let block = range.block.load(Ordering::Relaxed);
     [PAGE_BYTES, block].into_iter().filter(|b| b.is_power_of_two()).any(|bytes| {
         let page = (address & !(bytes - 1)) as *mut libc::c_void;
@@ -176,11 +196,7 @@ mod tests {
 
     #[test]
     fn there_is_an_end_to_the_slots() {
-        let ranges: [Range; 3] = std::array::from_fn(|_| Range {
-            start: Default::default(),
-            length: Default::default(),
-            block: Default::default(),
-        });
+        let ranges = [const { Range::free() }; 3];
         assert_eq!([(); 4].map(|()| reserve(&ranges)), [Some(0), Some(1), Some(2), None]);
     }
 

@@ -4,6 +4,7 @@
 //! out a Rust reference into it.
 
 mod cut;
+mod window;
 
 use std::fs::File;
 use std::ops::Deref;
@@ -17,6 +18,7 @@ use vm_memory::{FileOffset, GuestAddress, GuestMemoryMmap, GuestMemoryRegion, Gu
 
 pub(crate) use cut::Guard;
 pub use cut::Quota;
+pub use window::Window;
 
 /// Guest memory as crate `vm-memory` has it.
 pub type GuestMemory = GuestMemoryMmap<()>;

@@ -174,7 +174,7 @@ impl<F: DeviceFactory> Registry<F> {
         let notifier = ConfigNotifier::default();
         // This may take for ever; the rest does not.
         let device = self.factory.create(&spec, notifier.clone());
-        let held = self.places().get_mut(id).filter(|p| p.is_attempt(attempt)).and_then(|p| p.hold());
+        let held = self.places().get_mut(id).filter(|p| p.is_attempt(attempt)).and_then(Place::hold);
         let Some(before) = held else {
             self.give_up(id, device.ok());
             return false;

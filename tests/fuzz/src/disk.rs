@@ -37,6 +37,7 @@ impl Disk {
             queue_size: MAX_SIZE,
             serial: "fuzz".into(),
             engine,
+            map_limit: Default::default(),
             poll: PollPolicy { mode: PollMode::Never, ..Default::default() },
             host,
             storage: Arc::default(),

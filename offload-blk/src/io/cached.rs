@@ -1,0 +1,523 @@
+//! Reads from the page cache without a system call.
+//!
+//! A preadv2 that finds its page in the page cache spends more on getting there than on copying. So where that is done again and
+//! again the image is mapped, and what has been seen to be in the page cache, by a preadv2 that must not block, is copied from
+//! there the next time.
+//!
+//! The kernel may have dropped such a page since. Then the copy waits for the storage, as nothing here may do often: the thread's
+//! major faults tell of it, whereupon the disk forgets what it has seen, and begins anew after a pause that gets longer as long as
+//! this goes on.
+//!
+//! Mapped pages cost page tables while the card runs, and time when it ends, which guests wait for at its restart: 5 ms per GiB.
+//! Hence a limit for all disks of a card, [`MapLimit`].
+
+use std::sync::atomic::{AtomicU32, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::time::{Duration, Instant};
+
+use arc_swap::ArcSwapOption;
+use nix::sys::resource::{UsageWho, getrusage};
+use offload_card::memory::Window;
+use tracing::debug;
+
+use crate::image::Image;
+
+const PAGE_LOG2: u32 = 12;
+/// A block is what the kernel maps at a time if all of it is there: 16 pages.
+const BLOCK_LOG2: u32 = PAGE_LOG2 + 4;
+/// Reads of a block before it is copied from. To map its pages takes 5 us, and 1.5 us to unmap them: ten times what a copy saves.
+const READS: u32 = 16;
+/// One of them, in a block's word, above a bit for each of its pages that was seen.
+const READ: u32 = 1 << 16;
+/// What is seen is noted, and counts against the limit, in chunks of so many blocks: 16 MiB.
+const CHUNK_BLOCKS: usize = 256;
+const CHUNK_LOG2: u32 = BLOCK_LOG2 + CHUNK_BLOCKS.ilog2();
+/// Longest part of an image that is mapped: 16 TiB, for which there are a million chunks.
+const MAX_WINDOW_BYTES: u64 = 1 << 44;
+/// Longest read that is worth it, in bytes: of longer ones most is copying.
+const MAX_READ_BYTES: usize = 64 * 1024;
+/// Copies of a queue between two looks at its thread's faults, which take a system call.
+const LOOK: u32 = 8;
+/// Shortest and longest pause after a fault, and for how many pauses' time there must be none until it is the shortest again.
+const PAUSE_MIN: Duration = Duration::from_millis(10);
+const PAUSE_MAX: Duration = Duration::from_secs(10);
+const PAUSES_OF_PEACE: u32 = 10;
+/// Reads of a queue that there was no room to note before it makes up its mind whether what there is room for is worth keeping.
+const MISSED: u32 = 1 << 16;
+
+/// How much of their images the disks of a card may map.
+#[derive(Debug)]
+pub struct MapLimit {
+    /// Chunks that are left.
+    chunks: AtomicUsize,
+}
+
+impl MapLimit {
+    /// What is mapped if nobody says otherwise, in bytes.
+    pub const DEFAULT_BYTES: u64 = 4 << 30;
+
+    /// Up to `bytes`.
+    pub fn new(bytes: u64) -> Self {
+        Self { chunks: AtomicUsize::new(usize::try_from(bytes >> CHUNK_LOG2).unwrap_or(usize::MAX)) }
+    }
+
+    fn take(&self) -> bool {
+        let one_less = |n: usize| n.checked_sub(1);
+        self.chunks.fetch_update(Ordering::Relaxed, Ordering::Relaxed, one_less).is_ok()
+    }
+
+    fn give_back(&self, chunks: usize) {
+        self.chunks.fetch_add(chunks, Ordering::Relaxed);
+    }
+}
+
+impl Default for MapLimit {
+    fn default() -> Self {
+        Self::new(Self::DEFAULT_BYTES)
+    }
+}
+
+type Chunk = Box<[AtomicU32; CHUNK_BLOCKS]>;
+
+/// A mapped image, and what of it was seen to be in the page cache.
+#[derive(Debug)]
+struct Map {
+    window: Window,
+    chunks: Box<[OnceLock<Chunk>]>,
+    used: AtomicUsize,
+    limit: Arc<MapLimit>,
+}
+
+/// The blocks that `bytes` at `offset` are in, each with the bits of its pages. `None`: there are no bytes, or they are far away.
+fn blocks(offset: u64, bytes: usize) -> Option<impl Iterator<Item = (usize, u32)>> {
+    let last = offset.checked_add(bytes as u64)?.checked_sub(1)?;
+    let (from, to) = (offset >> PAGE_LOG2, last >> PAGE_LOG2);
+    let (first, last) = (usize::try_from(from >> 4).ok()?, usize::try_from(to >> 4).ok()?);
+    Some((first..=last).map(move |block| {
+        let low = if block == first { from & 15 } else { 0 };
+        let high = if block == last { to & 15 } else { 15 };
+        (block, (2 << high) - (1 << low))
+    }))
+}
+
+impl Map {
+    fn new(image: &Image, limit: &Arc<MapLimit>) -> Option<Self> {
+        let bytes = usize::try_from(image.length().ok()?.min(MAX_WINDOW_BYTES)).ok()?;
+        let window = Window::new(image.file(), bytes)
+            .inspect_err(|e| debug!("each read takes a system call, for the image cannot be mapped: {e}"))
+            .ok()?;
+        let chunks = (0..bytes.div_ceil(1 << CHUNK_LOG2)).map(|_| OnceLock::new()).collect();
+        Some(Self { window, chunks, used: AtomicUsize::new(0), limit: limit.clone() })
+    }
+
+    /// All of it was seen, and often.
+    fn has(&self, mut blocks: impl Iterator<Item = (usize, u32)>) -> bool {
+        blocks.all(|(block, pages)| {
+            let chunk = self.chunks.get(block / CHUNK_BLOCKS).and_then(OnceLock::get);
+            chunk.is_some_and(|chunk| {
+                let word = chunk[block % CHUNK_BLOCKS].load(Ordering::Relaxed);
+                word & pages == pages && word >= READS * READ
+            })
+        })
+    }
+
+    /// Notes that it was seen. False: there is no room for that.
+    fn note(&self, mut blocks: impl Iterator<Item = (usize, u32)>) -> bool {
+        blocks.all(|(block, pages)| {
+            let Some(place) = self.chunks.get(block / CHUNK_BLOCKS) else { return false };
+            let chunk = place.get().or_else(|| {
+                if !self.limit.take() {
+                    return None;
+                }
+                let mut ours = false;
+                let chunk = place.get_or_init(|| {
+                    ours = true;
+                    Box::new([const { AtomicU32::new(0) }; CHUNK_BLOCKS])
+                });
+                if ours {
+                    self.used.fetch_add(1, Ordering::Relaxed);
+                } else {
+                    self.limit.give_back(1);
+                }
+                Some(chunk)
+            });
+            let Some(chunk) = chunk else { return false };
+            let word = &chunk[block % CHUNK_BLOCKS];
+            let before = word.load(Ordering::Relaxed) | pages;
+            // What another queue notes at the same time may get lost, and is noted again.
+            word.store(if before < READS * READ { before + READ } else { before }, Ordering::Relaxed);
+            true
+        })
+    }
+}
+
+impl Drop for Map {
+    fn drop(&mut self) {
+        self.limit.give_back(self.used.load(Ordering::Relaxed));
+    }
+}
+
+/// The last pause.
+#[derive(Debug)]
+struct Pause {
+    length: Duration,
+    until: Instant,
+}
+
+/// What has been seen of an image in the page cache, by all queues of its disk.
+#[derive(Debug)]
+pub(crate) struct Seen {
+    map: ArcSwapOption<Map>,
+    limit: Arc<MapLimit>,
+    pause: Mutex<Option<Pause>>,
+}
+
+impl Seen {
+    /// Nothing yet; no more is going to be mapped than `limit` allows.
+    pub(crate) fn new(limit: Arc<MapLimit>) -> Self {
+        Self { map: ArcSwapOption::empty(), limit, pause: Mutex::default() }
+    }
+
+    /// Maps the image if there is no pause.
+    #[cold]
+    fn begin(&self, image: &Image) {
+        // Whoever has it is doing the same.
+        let Ok(mut pause) = self.pause.try_lock() else { return };
+        if self.map.load().is_some() || pause.as_ref().is_some_and(|p| Instant::now() < p.until) {
+            return;
+        }
+        match Map::new(image, &self.limit) {
+            Some(map) => self.map.store(Some(Arc::new(map))),
+            None => *pause = Some(Pause { length: PAUSE_MAX, until: Instant::now() + PAUSE_MAX }),
+        }
+    }
+
+    /// Forgets everything, and sees nothing for a while.
+    #[cold]
+    fn begin_pause(&self) {
+        let mut pause = self.pause.lock().unwrap_or_else(PoisonError::into_inner);
+        // Another queue may have come first.
+        if !self.forget() {
+            return;
+        }
+        let now = Instant::now();
+        let before = pause.as_ref().filter(|p| now < p.until + p.length * PAUSES_OF_PEACE);
+        let length = before.map_or(PAUSE_MIN, |p| (p.length * 2).min(PAUSE_MAX));
+        *pause = Some(Pause { length, until: now + length });
+    }
+
+    /// False if there was nothing to forget.
+    fn forget(&self) -> bool {
+        let Some(map) = self.map.swap(None) else { return false };
+        // To unmap a GiB takes 5 ms, which no guest is to wait for. If there can be no thread, one does.
+        let _ = std::thread::Builder::new().name("unmap".into()).spawn(move || drop(map));
+        true
+    }
+}
+
+/// A queue's use of what has been seen. For one thread.
+#[derive(Debug)]
+pub(super) struct Cached {
+    seen: Arc<Seen>,
+    /// Bytes copied and not yet counted.
+    pub(super) copied: u64,
+    /// Reads by copy, and others that there was no room to note.
+    copies: u32,
+    missed: u32,
+    /// The thread's major faults so far.
+    faults: i64,
+}
+
+impl Cached {
+    pub(super) fn new(seen: Arc<Seen>) -> Self {
+        Self { seen, copied: 0, copies: 0, missed: 0, faults: faults() }
+    }
+
+    /// Reads at `offset` by copying, and says how much. `None`: that is for others to do; memory may have been written.
+    ///
+    /// # Safety
+    ///
+    /// The memory that the iovecs name is valid.
+    pub(super) unsafe fn read(&mut self, offset: u64, iovecs: &[libc::iovec]) -> Option<i32> {
+        let map = self.seen.map.load();
+        let map = map.as_ref()?;
+        let bytes = iovecs.iter().map(|v| v.iov_len).sum();
+        if bytes > MAX_READ_BYTES || !map.has(blocks(offset, bytes)?) {
+            return None;
+        }
+        // SAFETY: the caller's promise is ours.
+        if !unsafe { map.window.read(usize::try_from(offset).ok()?, iovecs) } {
+            debug!("the image has been cut, or its storage has failed: what was mapped is given up");
+            self.seen.begin_pause();
+            return None;
+        }
+        self.copied += bytes as u64;
+        self.copies = self.copies.wrapping_add(1);
+        if self.copies.is_multiple_of(LOOK) {
+            let now = faults();
+            if std::mem::replace(&mut self.faults, now) != now {
+                debug!("pages are dropped from the page cache: each read takes a system call for now");
+                self.seen.begin_pause();
+            }
+        }
+        i32::try_from(bytes).ok()
+    }
+
+    /// `bytes` at `offset` have just been read from the page cache.
+    pub(super) fn saw(&mut self, image: &Image, offset: u64, bytes: usize) {
+        if bytes > MAX_READ_BYTES {
+            return;
+        }
+        let map = self.seen.map.load();
+        let Some(map) = map.as_ref() else {
+            return self.seen.begin(image);
+        };
+        if blocks(offset, bytes).is_none_or(|blocks| map.note(blocks)) {
+            return;
+        }
+        self.missed += 1;
+        if self.missed == MISSED {
+            // What there is room for is not what is read now.
+            if self.copies < MISSED {
+                self.seen.forget();
+            }
+            (self.copies, self.missed) = (0, 0);
+        }
+    }
+}
+
+/// How often this thread has waited for a page so far.
+fn faults() -> i64 {
+    getrusage(UsageWho::RUSAGE_THREAD).map_or(0, |usage| usage.major_page_faults())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs::File;
+    use std::os::fd::AsRawFd;
+    use std::os::unix::fs::FileExt;
+    use std::path::PathBuf;
+
+    use offload_card::event::Event;
+
+    use super::*;
+    use crate::io::{Backend, Begun, Op, Transfer, Used, Wakers};
+    use crate::store::Store;
+    use crate::worker::IoEngine;
+
+    const PAGE: u64 = 1 << PAGE_LOG2;
+    const CHUNK: u64 = 1 << CHUNK_LOG2;
+
+    /// An image, and a queue that reads it.
+    struct Setup {
+        file: tempfile::NamedTempFile,
+        backend: Backend,
+        memory: Vec<u8>,
+    }
+
+    impl Setup {
+        /// Of `pages` pages, each full of its number.
+        fn new(pages: u64, engine: IoEngine, limit: u64) -> Self {
+            // Where the page cache can lose something: not in memory.
+            let here: PathBuf = std::env::current_exe().unwrap().parent().unwrap().into();
+            let file = tempfile::NamedTempFile::new_in(here).unwrap();
+            for page in 0..pages {
+                file.as_file().write_all_at(&[page as u8; PAGE as usize], page * PAGE).unwrap();
+            }
+            file.as_file().sync_all().unwrap();
+            let store = Image::open(file.path().to_str().unwrap(), false, false).unwrap();
+            let store = Store::Image(Arc::new(store));
+            let wakers = Wakers { kick: Event::new().unwrap(), orders: Event::new().unwrap() };
+            let seen = Arc::new(Seen::new(Arc::new(MapLimit::new(limit))));
+            let (backend, refused) = Backend::new(&store, wakers, 16, engine, Used::ByOne, &seen).unwrap();
+            assert!(refused.is_none());
+            Self { file, backend, memory: vec![0; MAX_READ_BYTES + PAGE as usize] }
+        }
+
+        /// Reads, however that is done: bytes or a negative errno.
+        fn read(&mut self, offset: u64, bytes: usize) -> i32 {
+            self.memory.fill(0xee);
+            let (first, second) = self.memory[..bytes].split_at_mut(bytes / 3);
+            let iovecs =
+                [first, second].map(|d| libc::iovec { iov_base: d.as_mut_ptr().cast(), iov_len: d.len() });
+            let transfer = Transfer {
+                op: Op::Read,
+                offset,
+                formatted: false,
+                length: 0,
+                iovecs: &iovecs,
+                unaligned: false,
+            };
+            // SAFETY: both are there until it is done.
+            match unsafe { self.backend.begin(0, &transfer) } {
+                Begun::Done(result) => return result,
+                begun => assert_eq!(begun, Begun::Pending),
+            }
+            loop {
+                self.backend.wait(None).unwrap();
+                if let Some((_, result)) = self.backend.completion() {
+                    return result;
+                }
+            }
+        }
+
+        /// Reads a page that is there. True: by a copy.
+        fn copies(&mut self, page: u64) -> bool {
+            assert_eq!(self.read(page * PAGE, PAGE as usize), PAGE as i32);
+            assert!(self.memory[..PAGE as usize].iter().all(|b| *b == page as u8), "page {page}");
+            let copied = self.backend.copied();
+            assert!(copied == 0 || copied == PAGE);
+            copied > 0
+        }
+
+        fn image(&self) -> &File {
+            self.file.as_file()
+        }
+    }
+
+    #[test]
+    fn what_is_read_often_is_copied() {
+        let mut setup = Setup::new(40, IoEngine::Auto, 1 << 30);
+        // The first read has the image mapped, and the second is the first that is noted.
+        let copies: Vec<_> = (0..30).map(|_| setup.copies(3)).collect();
+        let noted = 1 + READS as usize;
+        assert_eq!(copies.iter().position(|c| *c), Some(noted));
+        assert!(copies[noted..].iter().all(|c| *c));
+        // Of a block, what was seen.
+        assert_eq!([setup.copies(4), setup.copies(4), setup.copies(16)], [false, true, false]);
+        // A write shows.
+        setup.image().write_all_at(&[77; 10], 3 * PAGE + 1).unwrap();
+        assert_eq!(setup.read(3 * PAGE, 512), 512);
+        assert_eq!((setup.memory[0], &setup.memory[1..11], setup.memory[11]), (3, &[77; 10][..], 3));
+        assert_eq!(setup.backend.copied(), 512);
+        // Across blocks, and not beyond the end.
+        for _ in 0..30 {
+            assert_eq!(setup.read(15 * PAGE + 1, 2 * PAGE as usize), 2 * PAGE as i32);
+        }
+        assert_eq!(setup.memory[4095..4097], [15 + 1, 16]);
+        assert!(setup.backend.copied() >= 10 * 2 * PAGE);
+        for _ in 0..30 {
+            assert_eq!(setup.read(39 * PAGE, 2 * PAGE as usize), PAGE as i32);
+            assert_eq!(setup.read(38 * PAGE, 2 * PAGE as usize), 2 * PAGE as i32);
+        }
+        assert_eq!(setup.read(39 * PAGE, 2 * PAGE as usize), PAGE as i32);
+        assert_eq!(setup.read(40 * PAGE, 512), 0);
+        // Long reads are left to others.
+        setup.backend.copied();
+        for _ in 0..30 {
+            assert_eq!(setup.read(0, MAX_READ_BYTES + 512), (MAX_READ_BYTES + 512) as i32);
+        }
+        assert_eq!(setup.backend.copied(), 0);
+    }
+
+    #[test]
+    fn who_does_not_want_it_has_none() {
+        for (engine, limit) in [(IoEngine::Auto, 0), (IoEngine::IoUring, 1 << 30), (IoEngine::Sync, 1 << 30)]
+        {
+            let mut setup = Setup::new(4, engine, limit);
+            assert!((0..50).all(|_| !setup.copies(1)), "{engine:?} {limit}");
+        }
+    }
+
+    #[test]
+    fn an_image_that_is_cut_is_read_as_before() {
+        let mut setup = Setup::new(40, IoEngine::Auto, 1 << 30);
+        for page in [1, 33] {
+            assert!((0..30).any(|_| setup.copies(page)));
+        }
+        setup.image().set_len(2 * PAGE).unwrap();
+        // What the system call says, which knows.
+        assert_eq!((setup.read(33 * PAGE, PAGE as usize), setup.backend.copied()), (0, 0));
+        assert!(!setup.copies(1), "what was mapped has been given up");
+        std::thread::sleep(2 * PAUSE_MIN);
+        assert!((0..30).any(|_| setup.copies(1)));
+    }
+
+    #[test]
+    fn pages_that_are_dropped_are_not_waited_for_time_and_again() {
+        let mut setup = Setup::new(16 * 40, IoEngine::Auto, 1 << 30);
+        // Seen, and not yet copied from. The very first has the image mapped.
+        assert!(!setup.copies(0));
+        for _ in 0..READS {
+            assert!((0..40).all(|block| !setup.copies(block * 16)));
+        }
+        let fd = setup.image().as_raw_fd();
+        // SAFETY: it takes no pointers.
+        assert_eq!(unsafe { libc::posix_fadvise(fd, 0, 0, libc::POSIX_FADV_DONTNEED) }, 0);
+        let copies = (0..40).filter(|block| setup.copies(block * 16)).count();
+        assert_eq!(copies, LOOK as usize);
+        // Pauses get longer until there is peace.
+        let Backend::Uring(uring) = &setup.backend else { panic!("it has a ring") };
+        let seen = uring.cached.seen.clone();
+        let length = || seen.pause.lock().unwrap().as_ref().unwrap().length;
+        assert_eq!(length(), PAUSE_MIN);
+        let again = |after: Duration| {
+            std::thread::sleep(after);
+            let image = Image::peek(setup.file.path().to_str().unwrap()).unwrap();
+            seen.begin(&image);
+            seen.begin_pause();
+            length()
+        };
+        assert_eq!(again(Duration::ZERO), PAUSE_MIN, "it is not mapped again yet");
+        assert_eq!(again(PAUSE_MIN), 2 * PAUSE_MIN);
+        assert_eq!(again(PAUSE_MIN * 2 * (PAUSES_OF_PEACE + 2)), PAUSE_MIN);
+    }
+
+    #[test]
+    fn there_is_a_limit_and_room_for_what_is_read_now() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        file.as_file().set_len(3 * CHUNK).unwrap();
+        let image = Image::open(file.path().to_str().unwrap(), false, false).unwrap();
+        let limit = Arc::new(MapLimit::new(2 * CHUNK + 1));
+        let left = || limit.chunks.load(Ordering::Relaxed);
+        let queue = |limit: &Arc<MapLimit>| Cached::new(Arc::new(Seen::new(limit.clone())));
+        let has = |queue: &Cached, offset: u64| {
+            queue.seen.map.load().as_ref().is_some_and(|map| map.has(blocks(offset, 512).unwrap()))
+        };
+        let (mut first, mut second) = (queue(&limit), queue(&limit));
+        let saw = |queue: &mut Cached, offset, times| (0..times).for_each(|_| queue.saw(&image, offset, 512));
+        saw(&mut first, 0, 1 + READS);
+        assert!(has(&first, 0) && !has(&first, PAGE) && left() == 1);
+        saw(&mut second, CHUNK, 1 + READS);
+        assert!(has(&second, CHUNK) && left() == 0);
+        // Neither what is there nor anybody else's makes room.
+        saw(&mut first, CHUNK, MISSED - 1);
+        assert!(has(&first, 0) && !has(&first, CHUNK));
+        first.copies = MISSED;
+        saw(&mut first, CHUNK, 1);
+        assert!(has(&first, 0), "what there is is still read");
+        saw(&mut first, CHUNK, MISSED);
+        assert!(!has(&first, 0));
+        let since = Instant::now();
+        while left() == 0 {
+            assert!(since.elapsed() < Duration::from_secs(10), "what is forgotten is not given back");
+            std::thread::yield_now();
+        }
+        saw(&mut first, CHUNK, 1 + READS);
+        assert!(has(&first, CHUNK) && left() == 0);
+        drop((first, second));
+        assert_eq!(left(), 2);
+        // Beyond what was there when it was mapped.
+        let mut queue = queue(&limit);
+        saw(&mut queue, 0, 1);
+        file.as_file().set_len(4 * CHUNK).unwrap();
+        saw(&mut queue, 3 * CHUNK, READS);
+        assert!(!has(&queue, 3 * CHUNK));
+        saw(&mut queue, 3 * CHUNK, MISSED + READS);
+        assert!(has(&queue, 3 * CHUNK));
+    }
+
+    proptest::proptest! {
+        #[test]
+        fn blocks_are_the_pages_that_are_touched(offset in 0u64..1 << 20, bytes in 0usize..1 << 17) {
+            let touched = blocks(offset, bytes).into_iter().flatten().flat_map(|(block, pages)| {
+                (0..16).filter(move |page| pages & 1 << page != 0).map(move |page| block * 16 + page)
+            });
+            let from = offset as usize / 4096;
+            let to = (offset as usize + bytes).div_ceil(4096);
+            let expected = if bytes == 0 { from..from } else { from..to };
+            proptest::prop_assert!(touched.eq(expected));
+            proptest::prop_assert!(blocks(u64::MAX, bytes.max(2)).is_none());
+        }
+    }
+}
