@@ -263,6 +263,16 @@ impl Cached {
         i32::try_from(bytes).ok()
     }
 
+    /// A read at `offset` is to come soon.
+    pub(super) fn prefetch(&self, offset: u64) {
+        if let Some(map) = self.seen.map.load().as_ref()
+            && blocks(offset, 1).is_some_and(|page| map.has(page))
+            && let Ok(offset) = usize::try_from(offset)
+        {
+            map.window.prefetch(offset);
+        }
+    }
+
     /// `bytes` at `offset` have just been read from the page cache.
     pub(super) fn saw(&mut self, image: &Image, offset: u64, bytes: usize) {
         if bytes > MAX_READ_BYTES {

@@ -183,6 +183,13 @@ impl Backend {
         Ok((Self::Calls(Waiter::new(wakers)?, target), refused))
     }
 
+    /// A read at `offset` of the file is about to begin.
+    pub(crate) fn expect_read(&self, offset: u64) {
+        if let Self::Uring(uring) = self {
+            uring.cached.prefetch(offset);
+        }
+    }
+
     /// Begins a transfer. It may be held back until the next [`Backend::poll`] or [`Backend::wait`].
     ///
     /// # Safety

@@ -23,6 +23,18 @@ pub use window::Window;
 /// Guest memory as crate `vm-memory` has it.
 pub type GuestMemory = GuestMemoryMmap<()>;
 
+/// Has the processor fetch what is at an address, and does not wait for it.
+pub(crate) fn prefetch(address: usize) {
+    #[cfg(target_arch = "x86_64")]
+    // SAFETY: a hint, which reads nothing and cannot fault, whatever the address.
+    unsafe {
+        use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+        _mm_prefetch::<_MM_HINT_T0>(address as *const i8);
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = address;
+}
+
 /// One consistent view of a guest's memory. Views are kept alive by whoever works on them: what a chain points into
 /// stays mapped until the chain is dropped, cleared or filled anew, whatever the front-end removes meanwhile.
 #[derive(Debug, Default)]

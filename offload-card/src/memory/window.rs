@@ -7,6 +7,9 @@ use std::sync::atomic::{Ordering, fence};
 use vm_memory::{FileOffset, MmapRegion, VolatileMemory, VolatileSlice};
 
 use super::cut::{Guard, Quota};
+use super::prefetch;
+
+const CACHE_LINE: usize = 64;
 
 /// The beginning of a file, mapped: what of it is in the page cache can be copied into guest memory without a system call.
 /// If somebody cuts the file meanwhile, or its storage fails, that is found out.
@@ -37,6 +40,15 @@ impl Window {
     /// Length in bytes.
     pub fn size(&self) -> usize {
         self.mapping.size()
+    }
+
+    /// Has the processor fetch the beginning of what is at `offset`, and does not wait for it. It finds the rest by itself.
+    pub fn prefetch(&self, offset: usize) {
+        if let Ok(slice) = self.mapping.get_slice(offset, 2 * CACHE_LINE) {
+            let address = slice.ptr_guard().as_ptr() as usize;
+            prefetch(address);
+            prefetch(address + CACHE_LINE);
+        }
     }
 
     /// Copies what is at `offset` into memory; waits for the storage if it must. False: it is not all there, and the memory has

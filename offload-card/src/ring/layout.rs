@@ -16,22 +16,10 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
 
 use super::spans::Spans;
 use super::{RingAddresses, RingError};
-use crate::memory::View;
+use crate::memory::{View, prefetch};
 
 /// What a processor fetches at once.
 const CACHE_LINE: usize = 64;
-
-/// Has the processor fetch what is at an address, and does not wait for it.
-fn prefetch(address: usize) {
-    #[cfg(target_arch = "x86_64")]
-    // SAFETY: a hint, which reads nothing and cannot fault, whatever the address.
-    unsafe {
-        use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
-        _mm_prefetch::<_MM_HINT_T0>(address as *const i8);
-    }
-    #[cfg(not(target_arch = "x86_64"))]
-    let _ = address;
-}
 
 /// Every access is to one of the areas, at an index below `size`, by volatile or atomic operations: the guest's writes
 /// at the same time can change what is read, and nothing else.
