@@ -37,13 +37,14 @@ const MAX_WINDOW_BYTES: u64 = 1 << 44;
 /// Longest read that is worth it, in bytes: of longer ones most is copying.
 const MAX_READ_BYTES: usize = 64 * 1024;
 /// Copies of a queue between two looks at its thread's faults, which take a system call.
-const LOOK: u32 = 8;
-/// Shortest and longest pause after a fault, and for how many pauses' time there must be none until it is the shortest again.
+const LOOK: u64 = 8;
+/// Shortest and longest pause after a fault, and how many copies of a queue there must be after one for the next to be the
+/// shortest again: as many as save what it takes to map and unmap a few hundred MiB.
 const PAUSE_MIN: Duration = Duration::from_millis(10);
-const PAUSE_MAX: Duration = Duration::from_secs(10);
-const PAUSES_OF_PEACE: u32 = 10;
+const PAUSE_MAX: Duration = Duration::from_secs(60);
+const PEACE: u64 = 1 << 17;
 /// Reads of a queue that there was no room to note before it makes up its mind whether what there is room for is worth keeping.
-const MISSED: u32 = 1 << 16;
+const MISSED: u64 = 1 << 16;
 
 /// How much of their images the disks of a card may map.
 #[derive(Debug)]
@@ -192,18 +193,17 @@ impl Seen {
         }
     }
 
-    /// Forgets everything, and sees nothing for a while.
+    /// Forgets everything, and sees nothing for a while. `peace`: it was worth it since the last pause.
     #[cold]
-    fn begin_pause(&self) {
+    fn begin_pause(&self, peace: bool) {
         let mut pause = self.pause.lock().unwrap_or_else(PoisonError::into_inner);
         // Another queue may have come first.
         if !self.forget() {
             return;
         }
-        let now = Instant::now();
-        let before = pause.as_ref().filter(|p| now < p.until + p.length * PAUSES_OF_PEACE);
+        let before = pause.as_ref().filter(|_| !peace);
         let length = before.map_or(PAUSE_MIN, |p| (p.length * 2).min(PAUSE_MAX));
-        *pause = Some(Pause { length, until: now + length });
+        *pause = Some(Pause { length, until: Instant::now() + length });
     }
 
     /// False if there was nothing to forget.
@@ -221,16 +221,19 @@ pub(super) struct Cached {
     seen: Arc<Seen>,
     /// Bytes copied and not yet counted.
     pub(super) copied: u64,
-    /// Reads by copy, and others that there was no room to note.
-    copies: u32,
-    missed: u32,
+    /// Reads by copy so far, and how many there had been at the last pause.
+    copies: u64,
+    paused_at: u64,
+    /// Reads that there was no room to note, and the copies that there had been when these were counted from 0.
+    missed: u64,
+    missed_at: u64,
     /// The thread's major faults so far.
     faults: i64,
 }
 
 impl Cached {
     pub(super) fn new(seen: Arc<Seen>) -> Self {
-        Self { seen, copied: 0, copies: 0, missed: 0, faults: faults() }
+        Self { seen, copied: 0, copies: 0, paused_at: 0, missed: 0, missed_at: 0, faults: faults() }
     }
 
     /// Reads at `offset` by copying, and says how much. `None`: that is for others to do; memory may have been written.
@@ -248,19 +251,24 @@ impl Cached {
         // SAFETY: the caller's promise is ours.
         if !unsafe { map.window.read(usize::try_from(offset).ok()?, iovecs) } {
             debug!("the image has been cut, or its storage has failed: what was mapped is given up");
-            self.seen.begin_pause();
+            self.begin_pause();
             return None;
         }
         self.copied += bytes as u64;
-        self.copies = self.copies.wrapping_add(1);
+        self.copies += 1;
         if self.copies.is_multiple_of(LOOK) {
             let now = faults();
             if std::mem::replace(&mut self.faults, now) != now {
                 debug!("pages are dropped from the page cache: each read takes a system call for now");
-                self.seen.begin_pause();
+                self.begin_pause();
             }
         }
         i32::try_from(bytes).ok()
+    }
+
+    fn begin_pause(&mut self) {
+        self.seen.begin_pause(self.copies - self.paused_at >= PEACE);
+        self.paused_at = self.copies;
     }
 
     /// A read at `offset` is to come soon.
@@ -288,10 +296,10 @@ impl Cached {
         self.missed += 1;
         if self.missed == MISSED {
             // What there is room for is not what is read now.
-            if self.copies < MISSED {
+            if self.copies - self.missed_at < MISSED {
                 self.seen.forget();
             }
-            (self.copies, self.missed) = (0, 0);
+            (self.missed_at, self.missed) = (self.copies, 0);
         }
     }
 }
@@ -461,16 +469,17 @@ mod tests {
         let seen = uring.cached.seen.clone();
         let length = || seen.pause.lock().unwrap().as_ref().unwrap().length;
         assert_eq!(length(), PAUSE_MIN);
-        let again = |after: Duration| {
+        let again = |after: Duration, peace| {
             std::thread::sleep(after);
             let image = Image::peek(setup.file.path().to_str().unwrap()).unwrap();
             seen.begin(&image);
-            seen.begin_pause();
+            seen.begin_pause(peace);
             length()
         };
-        assert_eq!(again(Duration::ZERO), PAUSE_MIN, "it is not mapped again yet");
-        assert_eq!(again(PAUSE_MIN), 2 * PAUSE_MIN);
-        assert_eq!(again(PAUSE_MIN * 2 * (PAUSES_OF_PEACE + 2)), PAUSE_MIN);
+        assert_eq!(again(Duration::ZERO, false), PAUSE_MIN, "it is not mapped again yet");
+        assert_eq!(again(PAUSE_MIN, false), 2 * PAUSE_MIN);
+        assert_eq!(again(2 * PAUSE_MIN, false), 4 * PAUSE_MIN);
+        assert_eq!(again(4 * PAUSE_MIN, true), PAUSE_MIN);
     }
 
     #[test]
@@ -485,15 +494,16 @@ mod tests {
             queue.seen.map.load().as_ref().is_some_and(|map| map.has(blocks(offset, 512).unwrap()))
         };
         let (mut first, mut second) = (queue(&limit), queue(&limit));
-        let saw = |queue: &mut Cached, offset, times| (0..times).for_each(|_| queue.saw(&image, offset, 512));
-        saw(&mut first, 0, 1 + READS);
+        let saw =
+            |queue: &mut Cached, offset, times: u64| (0..times).for_each(|_| queue.saw(&image, offset, 512));
+        saw(&mut first, 0, 1 + u64::from(READS));
         assert!(has(&first, 0) && !has(&first, PAGE) && left() == 1);
-        saw(&mut second, CHUNK, 1 + READS);
+        saw(&mut second, CHUNK, 1 + u64::from(READS));
         assert!(has(&second, CHUNK) && left() == 0);
         // Neither what is there nor anybody else's makes room.
         saw(&mut first, CHUNK, MISSED - 1);
         assert!(has(&first, 0) && !has(&first, CHUNK));
-        first.copies = MISSED;
+        first.copies += MISSED;
         saw(&mut first, CHUNK, 1);
         assert!(has(&first, 0), "what there is is still read");
         saw(&mut first, CHUNK, MISSED);
@@ -503,7 +513,7 @@ mod tests {
             assert!(since.elapsed() < Duration::from_secs(10), "what is forgotten is not given back");
             std::thread::yield_now();
         }
-        saw(&mut first, CHUNK, 1 + READS);
+        saw(&mut first, CHUNK, 1 + u64::from(READS));
         assert!(has(&first, CHUNK) && left() == 0);
         drop((first, second));
         assert_eq!(left(), 2);
@@ -511,9 +521,9 @@ mod tests {
         let mut queue = queue(&limit);
         saw(&mut queue, 0, 1);
         file.as_file().set_len(4 * CHUNK).unwrap();
-        saw(&mut queue, 3 * CHUNK, READS);
+        saw(&mut queue, 3 * CHUNK, u64::from(READS));
         assert!(!has(&queue, 3 * CHUNK));
-        saw(&mut queue, 3 * CHUNK, MISSED + READS);
+        saw(&mut queue, 3 * CHUNK, MISSED + u64::from(READS));
         assert!(has(&queue, 3 * CHUNK));
     }
 
