@@ -32,8 +32,8 @@ const READ: u32 = 1 << 16;
 /// What is seen is noted, and counts against the limit, in chunks of so many blocks: 16 MiB.
 const CHUNK_BLOCKS: usize = 256;
 const CHUNK_LOG2: u32 = BLOCK_LOG2 + CHUNK_BLOCKS.ilog2();
-/// Longest part of an image that is mapped: 16 TiB, for which there are a million chunks.
-const MAX_WINDOW_BYTES: u64 = 1 << 44;
+/// Most places for chunks of an image: of one larger than 256 GiB several have the same place, and the first takes it.
+const MAX_PLACES: usize = 1 << 14;
 /// Longest read that is worth it, in bytes: of longer ones most is copying.
 const MAX_READ_BYTES: usize = 64 * 1024;
 /// Copies of a queue between two looks at its thread's faults, which take a system call.
@@ -78,13 +78,24 @@ impl Default for MapLimit {
     }
 }
 
-type Chunk = Box<[AtomicU32; CHUNK_BLOCKS]>;
+/// What was seen of a part of an image.
+#[derive(Debug)]
+struct Chunk {
+    number: usize,
+    blocks: [AtomicU32; CHUNK_BLOCKS],
+}
+
+impl Chunk {
+    fn new(number: usize) -> Box<Self> {
+        Box::new(Self { number, blocks: [const { AtomicU32::new(0) }; CHUNK_BLOCKS] })
+    }
+}
 
 /// A mapped image, and what of it was seen to be in the page cache.
 #[derive(Debug)]
 struct Map {
     window: Window,
-    chunks: Box<[OnceLock<Chunk>]>,
+    places: Box<[OnceLock<Box<Chunk>>]>,
     used: AtomicUsize,
     limit: Arc<MapLimit>,
 }
@@ -103,20 +114,47 @@ fn blocks(offset: u64, bytes: usize) -> Option<impl Iterator<Item = (usize, u32)
 
 impl Map {
     fn new(image: &Image, limit: &Arc<MapLimit>) -> Option<Self> {
-        let bytes = usize::try_from(image.length().ok()?.min(MAX_WINDOW_BYTES)).ok()?;
+        let bytes = usize::try_from(image.length().ok()?).ok()?;
         let window = Window::new(image.file(), bytes)
             .inspect_err(|e| debug!("each read takes a system call, for the image cannot be mapped: {e}"))
             .ok()?;
-        let chunks = (0..bytes.div_ceil(1 << CHUNK_LOG2)).map(|_| OnceLock::new()).collect();
-        Some(Self { window, chunks, used: AtomicUsize::new(0), limit: limit.clone() })
+        let places = bytes.div_ceil(1 << CHUNK_LOG2).min(MAX_PLACES);
+        let places = (0..places).map(|_| OnceLock::new()).collect();
+        Some(Self { window, places, used: AtomicUsize::new(0), limit: limit.clone() })
+    }
+
+    /// What was seen of a block, if anything near it was.
+    fn word(&self, block: usize) -> Option<&AtomicU32> {
+        let number = block / CHUNK_BLOCKS;
+        let chunk = self.places[number % self.places.len()].get().filter(|chunk| chunk.number == number)?;
+        Some(&chunk.blocks[block % CHUNK_BLOCKS])
+    }
+
+    /// As [`Map::word`]; makes room for it if there is some.
+    fn room(&self, block: usize) -> Option<&AtomicU32> {
+        let number = block / CHUNK_BLOCKS;
+        let place = &self.places[number % self.places.len()];
+        let beyond = block << BLOCK_LOG2 >= self.window.size();
+        if !beyond && place.get().is_none() && self.limit.take() {
+            let mut ours = false;
+            place.get_or_init(|| {
+                ours = true;
+                Chunk::new(number)
+            });
+            if ours {
+                self.used.fetch_add(1, Ordering::Relaxed);
+            } else {
+                self.limit.give_back(1);
+            }
+        }
+        self.word(block)
     }
 
     /// All of it was seen, and often.
     fn has(&self, mut blocks: impl Iterator<Item = (usize, u32)>) -> bool {
         blocks.all(|(block, pages)| {
-            let chunk = self.chunks.get(block / CHUNK_BLOCKS).and_then(OnceLock::get);
-            chunk.is_some_and(|chunk| {
-                let word = chunk[block % CHUNK_BLOCKS].load(Ordering::Relaxed);
+            self.word(block).is_some_and(|word| {
+                let word = word.load(Ordering::Relaxed);
                 word & pages == pages && word >= READS * READ
             })
         })
@@ -125,25 +163,7 @@ impl Map {
     /// Notes that it was seen. False: there is no room for that.
     fn note(&self, mut blocks: impl Iterator<Item = (usize, u32)>) -> bool {
         blocks.all(|(block, pages)| {
-            let Some(place) = self.chunks.get(block / CHUNK_BLOCKS) else { return false };
-            let chunk = place.get().or_else(|| {
-                if !self.limit.take() {
-                    return None;
-                }
-                let mut ours = false;
-                let chunk = place.get_or_init(|| {
-                    ours = true;
-                    Box::new([const { AtomicU32::new(0) }; CHUNK_BLOCKS])
-                });
-                if ours {
-                    self.used.fetch_add(1, Ordering::Relaxed);
-                } else {
-                    self.limit.give_back(1);
-                }
-                Some(chunk)
-            });
-            let Some(chunk) = chunk else { return false };
-            let word = &chunk[block % CHUNK_BLOCKS];
+            let Some(word) = self.room(block) else { return false };
             let before = word.load(Ordering::Relaxed) | pages;
             // What another queue notes at the same time may get lost, and is noted again.
             word.store(if before < READS * READ { before + READ } else { before }, Ordering::Relaxed);
@@ -517,6 +537,14 @@ mod tests {
         assert!(has(&first, CHUNK) && left() == 0);
         drop((first, second));
         assert_eq!(left(), 2);
+        // Two that have the same place: the first.
+        let mut far = queue(&limit);
+        file.as_file().set_len((MAX_PLACES as u64 + 1) * CHUNK).unwrap();
+        saw(&mut far, MAX_PLACES as u64 * CHUNK, 1 + u64::from(READS));
+        saw(&mut far, 0, u64::from(READS));
+        assert!(has(&far, MAX_PLACES as u64 * CHUNK) && !has(&far, 0));
+        drop(far);
+        file.as_file().set_len(3 * CHUNK).unwrap();
         // Beyond what was there when it was mapped.
         let mut queue = queue(&limit);
         saw(&mut queue, 0, 1);
