@@ -238,6 +238,10 @@ impl Device for BlockDevice {
         }
     }
 
+    fn prepare_end(&self) {
+        self.disk.seen.end();
+    }
+
     fn close(&self) {
         let running = self.queues.lock().unwrap_or_else(PoisonError::into_inner).iter().flatten().count();
         debug!("disk {} closed, {running} queues still busy", self.name);

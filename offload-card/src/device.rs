@@ -101,6 +101,10 @@ pub trait Device: Send + Sync {
     /// Adds what only this kind of device counts.
     fn add_stats(&self, _stats: &mut DeviceStats) {}
 
+    /// The card ends soon. What takes time to give up, and is not needed to go on, is given up now, while guests are still
+    /// served: they wait from when their queues stop until the next process serves them.
+    fn prepare_end(&self) {}
+
     /// Ends threads and gives up what the device holds. Does not wait for requests still in flight: what they need
     /// stays until they are done.
     fn close(&self);

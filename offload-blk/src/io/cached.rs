@@ -8,11 +8,11 @@
 //! major faults tell of it, whereupon the disk forgets what it has seen, and begins anew after a pause that gets longer as long as
 //! this goes on.
 //!
-//! Mapped pages cost page tables while the card runs, and time when it ends, which guests wait for at its restart: 5 ms per GiB.
-//! Hence a limit for all disks of a card, [`MapLimit`].
+//! Mapped pages cost page tables while the card runs, and time to unmap: 14 ms per GiB. A card that is stopped does that first, but
+//! the guests of one that is killed wait for it. Hence a limit for all disks of a card, [`MapLimit`].
 
 use std::sync::atomic::{AtomicU32, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 use arc_swap::ArcSwapOption;
@@ -25,7 +25,7 @@ use crate::image::Image;
 const PAGE_LOG2: u32 = 12;
 /// A block is what the kernel maps at a time if all of it is there: 16 pages.
 const BLOCK_LOG2: u32 = PAGE_LOG2 + 4;
-/// Reads of a block before it is copied from. To map its pages takes 5 us, and 1.5 us to unmap them: ten times what a copy saves.
+/// Reads of a block before it is copied from. To map its pages takes 5 us, and 1 us to unmap them: ten times what a copy saves.
 const READS: u32 = 16;
 /// One of them, in a block's word, above a bit for each of its pages that was seen.
 const READ: u32 = 1 << 16;
@@ -178,11 +178,20 @@ impl Drop for Map {
     }
 }
 
-/// The last pause.
-#[derive(Debug)]
+/// When nothing is seen.
+#[derive(Debug, Default)]
 struct Pause {
+    /// The last one's.
     length: Duration,
-    until: Instant,
+    until: Option<Instant>,
+    /// For good.
+    ended: bool,
+}
+
+impl Pause {
+    fn begin(&mut self, length: Duration) {
+        (self.length, self.until) = (length, Some(Instant::now() + length));
+    }
 }
 
 /// What has been seen of an image in the page cache, by all queues of its disk.
@@ -190,7 +199,7 @@ struct Pause {
 pub(crate) struct Seen {
     map: ArcSwapOption<Map>,
     limit: Arc<MapLimit>,
-    pause: Mutex<Option<Pause>>,
+    pause: Mutex<Pause>,
 }
 
 impl Seen {
@@ -204,34 +213,56 @@ impl Seen {
     fn begin(&self, image: &Image) {
         // Whoever has it is doing the same.
         let Ok(mut pause) = self.pause.try_lock() else { return };
-        if self.map.load().is_some() || pause.as_ref().is_some_and(|p| Instant::now() < p.until) {
+        if self.map.load().is_some() || pause.ended || pause.until.is_some_and(|until| Instant::now() < until)
+        {
             return;
         }
         match Map::new(image, &self.limit) {
             Some(map) => self.map.store(Some(Arc::new(map))),
-            None => *pause = Some(Pause { length: PAUSE_MAX, until: Instant::now() + PAUSE_MAX }),
+            None => pause.begin(PAUSE_MAX),
         }
     }
 
     /// Forgets everything, and sees nothing for a while. `peace`: it was worth it since the last pause.
     #[cold]
     fn begin_pause(&self, peace: bool) {
-        let mut pause = self.pause.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut pause = self.pause();
         // Another queue may have come first.
-        if !self.forget() {
-            return;
+        if self.forget() {
+            let length = if peace { PAUSE_MIN } else { (pause.length * 2).clamp(PAUSE_MIN, PAUSE_MAX) };
+            pause.begin(length);
         }
-        let before = pause.as_ref().filter(|_| !peace);
-        let length = before.map_or(PAUSE_MIN, |p| (p.length * 2).min(PAUSE_MAX));
-        *pause = Some(Pause { length, until: Instant::now() + length });
+    }
+
+    /// Forgets everything for good.
+    pub(crate) fn end(&self) {
+        self.pause().ended = true;
+        if let Some(map) = self.map.swap(None) {
+            unmap(map);
+        }
+    }
+
+    fn pause(&self) -> MutexGuard<'_, Pause> {
+        self.pause.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// False if there was nothing to forget.
     fn forget(&self) -> bool {
         let Some(map) = self.map.swap(None) else { return false };
-        // To unmap a GiB takes 5 ms, which no guest is to wait for. If there can be no thread, one does.
-        let _ = std::thread::Builder::new().name("unmap".into()).spawn(move || drop(map));
+        // That takes time, and guests are not to wait for it. If there can be no thread, one does.
+        let _ = std::thread::Builder::new().name("unmap".into()).spawn(move || unmap(map));
         true
+    }
+}
+
+/// Unmaps an image in this thread and not in one that is just copying from it, unless that takes long.
+fn unmap(mut map: Arc<Map>) {
+    for _ in 0..100 {
+        match Arc::try_unwrap(map) {
+            Ok(unused) => return drop(unused),
+            Err(used) => map = used,
+        }
+        std::thread::sleep(Duration::from_micros(100));
     }
 }
 
@@ -487,7 +518,7 @@ mod tests {
         // Pauses get longer until there is peace.
         let Backend::Uring(uring) = &setup.backend else { panic!("it has a ring") };
         let seen = uring.cached.seen.clone();
-        let length = || seen.pause.lock().unwrap().as_ref().unwrap().length;
+        let length = || seen.pause().length;
         assert_eq!(length(), PAUSE_MIN);
         let again = |after: Duration, peace| {
             std::thread::sleep(after);
@@ -500,6 +531,11 @@ mod tests {
         assert_eq!(again(PAUSE_MIN, false), 2 * PAUSE_MIN);
         assert_eq!(again(2 * PAUSE_MIN, false), 4 * PAUSE_MIN);
         assert_eq!(again(4 * PAUSE_MIN, true), PAUSE_MIN);
+        // Nor is anything mapped again when the end is near.
+        std::thread::sleep(PAUSE_MIN);
+        assert!((0..30).any(|_| setup.copies(3)));
+        seen.end();
+        assert!((0..50).all(|_| !setup.copies(3)));
     }
 
     #[test]

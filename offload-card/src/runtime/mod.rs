@@ -201,7 +201,7 @@ fn serve<F: DeviceFactory>(
         let _ = std::fs::remove_file(&args.control);
     }
     let _ = std::fs::remove_file(&metrics_socket);
-    registry.stop_all(Instant::now() + DRAIN_TIMEOUT);
+    registry.stop_all(DRAIN_TIMEOUT);
     served.map_err(|e| host("the control service failed", e))
 }
 

@@ -469,8 +469,8 @@ impl<F: DeviceFactory> Registry<F> {
         (stats, lost)
     }
 
-    /// Stops all devices, at the same time, by `deadline`. Records stay.
-    pub(super) fn stop_all(&self, deadline: Instant) {
+    /// Stops all devices, at the same time, which may take as long as `patience`. Records stay.
+    pub(super) fn stop_all(&self, patience: Duration) {
         let all = std::mem::take(&mut *self.places());
         let live: Vec<_> = all
             .into_values()
@@ -479,6 +479,10 @@ impl<F: DeviceFactory> Registry<F> {
                 Place::Busy(_) | Place::Lost(_) => None,
             })
             .collect();
+        for device in &live {
+            device.device.prepare_end();
+        }
+        let deadline = Instant::now() + patience;
         for device in &live {
             device.server.begin_stop();
         }

@@ -22,6 +22,8 @@ struct Inner {
     storage: Mutex<BTreeMap<String, Storage>>,
     changed: Condvar,
     closed: Mutex<Vec<String>>,
+    /// Told that the end is near, and not closed then.
+    prepared: Mutex<Vec<String>>,
     /// What is kept of devices beside their records.
     kept: Mutex<Vec<String>>,
 }
@@ -70,6 +72,10 @@ impl Device for Nothing {
         Ok(())
     }
     fn reset(&self) {}
+    fn prepare_end(&self) {
+        assert!(!self.2.closed(&self.1));
+        self.2.0.prepared.lock().unwrap().push(self.1.clone());
+    }
     fn close(&self) {
         self.2.0.closed.lock().unwrap().push(self.1.clone());
     }
@@ -241,4 +247,13 @@ fn nothing_is_kept_of_a_device_that_cannot_be_served() {
     std::fs::create_dir(setup.dir.path().join("a.sock")).unwrap();
     assert!(registry.create(&spec("a")).is_err());
     assert!(setup.storages.closed("a") && setup.storages.kept().is_empty() && !setup.recorded("a"));
+}
+
+#[test]
+fn devices_are_told_that_the_end_is_near() {
+    let setup = Setup::new(&[("a", Storage::Works), ("b", Storage::Missing), ("c", Storage::Works)]);
+    let registry = setup.start(PATIENCE);
+    assert!(setup.storages.0.prepared.lock().unwrap().is_empty());
+    registry.stop_all(PATIENCE);
+    assert_eq!(*setup.storages.0.prepared.lock().unwrap(), ["a", "c"]);
 }
