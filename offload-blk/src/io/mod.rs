@@ -160,8 +160,8 @@ pub(crate) enum Backend {
 }
 
 impl Backend {
-    /// For up to `depth` transfers at a time on `store`, of which `seen` knows what is in the page cache. The error is of io_uring if that was what `engine` insisted on; the
-    /// second value if io_uring was tried and given up.
+    /// For up to `depth` transfers at a time on `store`, of which `seen` knows what is in the page cache. The error is of
+    /// io_uring if that was what `engine` insisted on; the second value if io_uring was tried and given up.
     pub(crate) fn new(
         store: &Store,
         wakers: Wakers,

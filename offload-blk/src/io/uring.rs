@@ -13,7 +13,8 @@
 //! What only the image's format can do, its own threads do, and say so by an eventfd that is a third poll.
 //!
 //! What needs no waiting is quicker without a ring: data in the page cache is copied from there if it was seen there
-//! before ([`super::cached`]), or read by a preadv2 that must not block, and a small write goes into the page cache by pwritev2, which io_uring would hand to a worker thread.
+//! before ([`super::cached`]), or read by a preadv2 that must not block, and a small write goes into the page cache by
+//! pwritev2, which io_uring would hand to a worker thread.
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};

@@ -52,7 +52,8 @@ impl Window {
     }
 
     /// Copies what is at `offset` into memory; waits for the storage if it must. False: it is not all there, and the memory has
-    /// rubbish. The window is of no use any more then.
+    /// rubbish. The window is of no use any more then. Behind the end of a file, in its last page, there are zeros, as in all
+    /// mappings.
     ///
     /// # Safety
     ///
