@@ -17,6 +17,8 @@ const CLUSTER_BITS: Range<u32> = 12..22;
 /// Longest level 1 table and refcount table in bytes: what QEMU takes.
 const MAX_L1_BYTES: u64 = 32 << 20;
 const MAX_REFCOUNT_TABLE_BYTES: u64 = 8 << 20;
+/// Where a refcount block is, in an entry of the refcount table; 0: there is none.
+const REFCOUNT_BLOCK: u64 = !511;
 /// Longest name of a backing file in bytes.
 const MAX_NAME_BYTES: u32 = 1023;
 
@@ -102,6 +104,14 @@ pub(crate) fn read(length: u64, read: impl Fn(&mut [u8], u64) -> io::Result<()>)
         if !offset.is_multiple_of(cluster) || !inside || (offset == 0 && bytes > 0) {
             return Err(invalid(format!("damaged: its {what} table is not in the file")));
         }
+    }
+    let mut counts = [0; 8];
+    read(&mut counts, long(48))?;
+    if u64::from_be_bytes(counts) & REFCOUNT_BLOCK == 0 {
+        // Imago would make that block where the header is, not find it there, and make it again until the stack is full.
+        return Err(invalid(
+            "damaged: its header is not counted as used; repair it with: qemu-img check -r all",
+        ));
     }
     let format = if version == 2 { None } else { extensions(u64::from(header_bytes), cluster, &read)? };
     let (offset, bytes) = (long(8), word(16));
@@ -223,6 +233,7 @@ pub(super) mod tests {
         put(56, &1u32.to_be_bytes());
         put(96, &4u32.to_be_bytes());
         put(100, &104u32.to_be_bytes());
+        put(1 << 16, &(2u64 << 16).to_be_bytes());
         bytes
     }
 
@@ -274,6 +285,7 @@ pub(super) mod tests {
         says(40, &[0xff], "level 1 table is not in the file");
         says(48, &[0, 0, 0, 0, 0, 0, 0, 1], "refcount table is not in the file");
         says(56, &[0xff], "no sensible size");
+        says(1 << 16, &[0, 0, 0, 0, 0, 0, 1, 0xff], "header is not counted");
         says(72, &[0, 0, 0, 0, 0, 0, 0, 1], "qemu-img check");
         says(72, &[0, 0, 0, 0, 0, 0, 0, 4], "external data file");
         says(72, &[1], "newer kind");
