@@ -367,6 +367,7 @@ mod tests {
     use std::os::unix::fs::FileExt;
     use std::path::PathBuf;
 
+    use nix::sys::statfs::{TMPFS_MAGIC, fstatfs};
     use offload_card::event::Event;
 
     use super::*;
@@ -509,6 +510,10 @@ mod tests {
         assert!(!setup.copies(0));
         for _ in 0..READS {
             assert!((0..40).all(|block| !setup.copies(block * 16)));
+        }
+        if fstatfs(setup.image()).unwrap().filesystem_type() == TMPFS_MAGIC {
+            eprintln!("skipped: a file system in memory drops nothing");
+            return;
         }
         let fd = setup.image().as_raw_fd();
         // SAFETY: it takes no pointers.
