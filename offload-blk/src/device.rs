@@ -82,8 +82,19 @@ impl BlockDevice {
     /// # Errors
     /// `InvalidField`: `queues` or `queue_size` is out of its range.
     pub fn new(config: DiskConfig) -> Result<Self, Error> {
-        let DiskConfig { name, store, queues, queue_size, serial, engine, map_limit, .. } = config;
-        let DiskConfig { poll, host, storage, mode_file, .. } = config;
+        let DiskConfig {
+            name,
+            store,
+            queues,
+            queue_size,
+            serial,
+            engine,
+            map_limit,
+            poll,
+            host,
+            storage,
+            mode_file,
+        } = config;
         if queues == 0 {
             return Err(Error::invalid_field("queues", "a disk has at least one queue"));
         }

@@ -121,7 +121,7 @@ impl Guard {
         Ok(Self(Some(Place { slot, quota: quota.clone() })))
     }
 
-    /// Some of the mapping is not the file's any more. What has been read before this was asked, from what it says is good, is good.
+    /// Some of the mapping is not the file's any more. If it says no, all that was read before it was asked is.
     pub(super) fn has_replaced(&self) -> bool {
         self.0.as_ref().is_some_and(|place| RANGES[place.slot].replaced.load(Ordering::Acquire))
     }

@@ -23,6 +23,9 @@ pub use window::Window;
 /// Guest memory as crate `vm-memory` has it.
 pub type GuestMemory = GuestMemoryMmap<()>;
 
+/// Bytes that a processor fetches at once.
+pub(crate) const CACHE_LINE: usize = 64;
+
 /// Has the processor fetch what is at an address, and does not wait for it.
 pub(crate) fn prefetch(address: usize) {
     #[cfg(target_arch = "x86_64")]

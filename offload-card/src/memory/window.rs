@@ -7,9 +7,7 @@ use std::sync::atomic::{Ordering, fence};
 use vm_memory::{FileOffset, MmapRegion, VolatileMemory, VolatileSlice};
 
 use super::cut::{Guard, Quota};
-use super::prefetch;
-
-const CACHE_LINE: usize = 64;
+use super::{CACHE_LINE, prefetch};
 
 /// The beginning of a file, mapped: what of it is in the page cache can be copied into guest memory without a system call.
 /// If somebody cuts the file meanwhile, or its storage fails, that is found out.

@@ -16,10 +16,7 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
 
 use super::spans::Spans;
 use super::{RingAddresses, RingError};
-use crate::memory::{View, prefetch};
-
-/// What a processor fetches at once.
-const CACHE_LINE: usize = 64;
+use crate::memory::{CACHE_LINE, View, prefetch};
 
 /// Every access is to one of the areas, at an index below `size`, by volatile or atomic operations: the guest's writes
 /// at the same time can change what is read, and nothing else.
