@@ -6,7 +6,6 @@ mod common;
 use std::io::ErrorKind;
 use std::net::{Ipv4Addr, SocketAddr, UdpSocket};
 use std::os::fd::AsFd;
-use std::process::Command;
 use std::time::Instant;
 
 use common::card::{Card, Link as VhostLink, retry};
@@ -33,11 +32,6 @@ const OUTSIDE: &str = "outside";
 const WORLD: [u8; 4] = [10, 0, 0, 200];
 const OWN: [u8; 4] = [10, 0, 0, 11];
 const OTHER: [u8; 4] = [10, 0, 0, 12];
-
-fn ip(arguments: &str) {
-    let output = Command::new("ip").args(arguments.split(' ')).output().expect("iproute2");
-    assert!(output.status.success(), "ip {arguments}: {}", String::from_utf8_lossy(&output.stderr));
-}
 
 /// A cable, of which the kernel has one end as `WORLD`.
 fn cable() {

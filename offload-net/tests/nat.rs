@@ -32,10 +32,6 @@ fn run(command: &str) {
     assert!(output.status.success(), "{command}: {}", String::from_utf8_lossy(&output.stderr));
 }
 
-fn ip(args: &str) {
-    run(&format!("ip {args}"));
-}
-
 fn nft(args: &[&str]) -> String {
     let output = Command::new("nft").args(args).output().expect("nft is installed");
     assert!(output.status.success(), "nft {args:?}: {}", String::from_utf8_lossy(&output.stderr));
