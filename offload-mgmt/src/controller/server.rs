@@ -5,7 +5,7 @@ use std::io;
 use std::os::unix::fs::{FileTypeExt, PermissionsExt};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use nix::unistd::Group;
 use proto::v1::controller_server::ControllerServer;
@@ -21,6 +21,8 @@ const GROUP: &str = "outboard";
 /// Pause after a connection that could not be taken: it is still there, and without a file descriptor for it the next
 /// attempt fails like the last.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+/// How long people are spared the same trouble's name. Now and then a connection ends meanwhile, so that one can be taken.
+const TOLD_AGAIN: Duration = Duration::from_secs(60);
 /// How long calls that are being answered may take when the controller ends.
 const DRAIN_DEADLINE: Duration = Duration::from_secs(10);
 
@@ -134,17 +136,15 @@ impl Api {
 
 /// Connections, as they come; the server would try again at once after an error.
 fn incoming(listener: UnixListener) -> impl Stream<Item = io::Result<TokioUnixStream>> {
-    let mut told = false;
+    let mut told: Option<Instant> = None;
     let taken = UnixListenerStream::new(listener).then(move |connection| {
-        let failed = connection.as_ref().err().map(ToString::to_string);
-        let tell = failed.filter(|_| !told);
-        told = connection.is_err();
+        if let Err(e) = &connection
+            && told.is_none_or(|told| told.elapsed() >= TOLD_AGAIN)
+        {
+            tracing::error!("connections cannot be taken, trying on: {e}; see LimitNOFILE= of the service");
+            told = Some(Instant::now());
+        }
         async move {
-            if let Some(e) = tell {
-                tracing::error!(
-                    "connections cannot be taken, trying on: {e}; see LimitNOFILE= of the service"
-                );
-            }
             if connection.is_err() {
                 tokio::time::sleep(ACCEPT_PAUSE).await;
             }
