@@ -255,7 +255,7 @@ fn a_reset_ends_although_the_device_hangs() {
     let start = Instant::now();
     assert_eq!(driver.num_queues(), 2);
     driver.set_up_is_ignored();
-    assert!(start.elapsed() < Duration::from_millis(100));
+    assert!(start.elapsed() < Duration::from_secs(2));
     until("reset", || driver.status() == 0);
     assert!(start.elapsed() > Duration::from_secs(10), "our cards take 10 s before they give up");
     assert!(start.elapsed() < Duration::from_secs(15));
@@ -433,7 +433,7 @@ fn a_shutdown_never_waits_for_the_device() {
         until("the hang", || !setup.device().seen(at).is_empty());
         let start = Instant::now();
         machine.slot.shutdown();
-        assert!(start.elapsed() < Duration::from_millis(500), "{at}: {:?}", start.elapsed());
+        assert!(start.elapsed() < Duration::from_secs(2), "{at}: {:?}", start.elapsed());
         assert_eq!(link(&machine), LinkState::Removed);
         // Registers answer, and resets are done.
         driver.reset();
