@@ -120,6 +120,8 @@ fn queues_that_are_more_than_the_processors_share_threads_and_all_are_served() {
                     assert_eq!(guest.run(1, T_IN, 0, 4096), OK);
                     stop(&disk, 1);
                 }
+                // The next disk has the same name.
+                gone(&name);
             }
         }
     }

@@ -93,7 +93,9 @@ impl Vm {
         command.args(&words[1..]);
         match accel {
             Accel::Kvm => command.args(["-enable-kvm", "-cpu", "host,migratable=off,-arch-capabilities"]),
-            Accel::Tcg => command.args(["-accel", "tcg"]),
+            // As if there could be a second CPU: with one, QEMU before 8.1 leaves the guest's memory barriers out, although its
+            // devices are other threads, and then misses a kick now and then.
+            Accel::Tcg => command.args(["-accel", "tcg", "-smp", "1,maxcpus=2"]),
         };
         // QEMU's smallest firmware. SeaBIOS takes seconds where firmware is emulated.
         if Path::new(QBOOT).exists() {
