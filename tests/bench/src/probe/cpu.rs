@@ -77,10 +77,11 @@ mod tests {
     #[test]
     fn our_own_time_goes_by() {
         let pid = std::process::id();
-        let before = process_ns(pid);
-        let until = std::time::Instant::now() + std::time::Duration::from_millis(20);
-        while std::time::Instant::now() < until {}
-        assert!(process_ns(pid) - before >= 5_000_000);
+        let (before, since) = (process_ns(pid), std::time::Instant::now());
+        // Others may have the processors meanwhile.
+        while process_ns(pid) - before < 5_000_000 {
+            assert!(since.elapsed() < std::time::Duration::from_secs(10));
+        }
         assert!(threads(pid).into_iter().map(|tid| thread_ns(pid, tid)).sum::<u64>() > 0);
         assert!(switches(pid) > 0);
         assert!(vcpu_threads(pid).is_empty());
