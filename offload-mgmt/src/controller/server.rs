@@ -21,7 +21,7 @@ const GROUP: &str = "outboard";
 /// Pause after a connection that could not be taken: it is still there, and without a file descriptor for it the next
 /// attempt fails like the last.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
-/// How long people are spared the same trouble's name. Now and then a connection ends meanwhile, so that one can be taken.
+/// For how long the same trouble is not said again, though a connection may end meanwhile, so that one more can be taken.
 const TOLD_AGAIN: Duration = Duration::from_secs(60);
 /// How long calls that are being answered may take when the controller ends.
 const DRAIN_DEADLINE: Duration = Duration::from_secs(10);
