@@ -94,7 +94,7 @@ impl Vm {
         match accel {
             Accel::Kvm => command.args(["-enable-kvm", "-cpu", "host,migratable=off,-arch-capabilities"]),
             // As if there could be a second CPU: with one, QEMU before 8.1 leaves the guest's memory barriers out, although its
-            // devices are other threads, and then misses a kick now and then.
+            // devices are other threads. Now and then the guest does not see that a kick is wanted, then.
             Accel::Tcg => command.args(["-accel", "tcg", "-smp", "1,maxcpus=2"]),
         };
         // QEMU's smallest firmware. SeaBIOS takes seconds where firmware is emulated.
