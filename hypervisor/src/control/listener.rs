@@ -3,12 +3,8 @@
 use std::fmt;
 use std::io;
 use std::os::fd::{FromRawFd, RawFd};
-use std::os::unix::fs::FileTypeExt;
-use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
-
-/// Owner and group may connect.
-const UMASK: libc::mode_t = 0o117;
 
 /// A listening control socket.
 #[derive(Debug)]
@@ -58,40 +54,21 @@ impl Listener {
     }
 
     /// Makes a socket at `path` that its owner and group may connect to. A socket that a dead process left there is replaced.
-    /// Must be called before there are other threads, as it changes the umask meanwhile.
     ///
     /// # Errors
     /// If there is something else, or somebody answers, or the host refuses.
     pub fn bind(path: &Path) -> Result<Self, ListenError> {
-        let shown = path.display();
-        let failed = |e: io::Error| ListenError {
-            what: format!("cannot listen on {shown}: {e}"),
-            remedy: "check that its directory exists and may be written",
-        };
-        match std::fs::symlink_metadata(path) {
-            Err(_) => {}
-            Ok(m) if !m.file_type().is_socket() => {
-                return Err(ListenError {
-                    what: format!("{shown} exists and is no socket"),
-                    remedy: "choose another path for --control",
-                });
-            }
-            Ok(_) => {
-                if UnixStream::connect(path).is_ok() {
-                    return Err(ListenError {
-                        what: format!("another process listens on {shown}"),
-                        remedy: "stop it or choose another path for --control",
-                    });
-                }
-                std::fs::remove_file(path).map_err(failed)?;
-            }
+        match proto::socket::listen(path, |_| {}) {
+            Ok(socket) => Ok(Self { socket, path: Some(path.to_owned()) }),
+            Err(e) => Err(ListenError {
+                what: format!("cannot listen on {}: {e}", path.display()),
+                remedy: match e.kind() {
+                    io::ErrorKind::AddrInUse => "stop it or choose another path for --control",
+                    io::ErrorKind::AlreadyExists => "choose another path for --control",
+                    _ => "check that its directory exists and may be written",
+                },
+            }),
         }
-        // SAFETY: umask cannot fail; this process has one thread now, see above.
-        let before = unsafe { libc::umask(UMASK) };
-        let socket = UnixListener::bind(path);
-        // SAFETY: as above.
-        unsafe { libc::umask(before) };
-        Ok(Self { socket: socket.map_err(failed)?, path: Some(path.to_owned()) })
     }
 }
 
@@ -112,29 +89,22 @@ fn is_listening_unix_socket(fd: RawFd) -> bool {
 #[cfg(test)]
 mod tests {
     use std::os::fd::AsRawFd;
-    use std::os::unix::fs::PermissionsExt;
+    use std::os::unix::net::UnixStream;
 
     use super::*;
 
     #[test]
-    fn the_socket_is_for_owner_and_group() {
+    fn what_cannot_be_a_socket_is_said_with_its_remedy() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("c.sock");
         let listener = Listener::bind(&path).unwrap();
-        assert_eq!(std::fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o660);
         assert!(is_listening_unix_socket(listener.socket.as_raw_fd()));
-    }
-
-    #[test]
-    fn a_dead_socket_is_replaced_and_a_living_one_is_not() {
-        let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join("c.sock");
-        drop(UnixListener::bind(&path).unwrap());
-        let _listener = Listener::bind(&path).unwrap();
-        assert!(Listener::bind(&path).unwrap_err().to_string().contains("another process listens"));
+        assert!(
+            Listener::bind(&path).unwrap_err().to_string().contains("another process serves it; stop it")
+        );
         let file = dir.path().join("file");
         std::fs::write(&file, "x").unwrap();
-        assert!(Listener::bind(&file).unwrap_err().to_string().contains("is no socket"));
+        assert!(Listener::bind(&file).unwrap_err().to_string().contains("is no socket; choose another"));
         assert!(Listener::bind(&dir.path().join("no/c.sock")).unwrap_err().to_string().contains("directory"));
     }
 

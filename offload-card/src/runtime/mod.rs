@@ -36,7 +36,6 @@ mod registry;
 
 use std::io;
 use std::net::{SocketAddr, TcpListener};
-use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -44,6 +43,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use proto::error::Error;
+use proto::socket;
 use proto::v1::ErrorReason;
 use sd_notify::NotifyState;
 use tokio::signal::unix::{SignalKind, signal};
@@ -154,7 +154,7 @@ fn serve<F: DeviceFactory>(
     let bound = control.is_none();
     let listener = match control {
         Some(listener) => listener,
-        None => bind(&args.control).map_err(|e| control_failed(&args.control, &e))?,
+        None => socket::listen(&args.control, |_| {}).map_err(|e| control_failed(&args.control, &e))?,
     };
     listener.set_nonblocking(true).map_err(|e| host("cannot set up the control socket", e))?;
     let metrics_socket = args.runtime_dir.join(METRICS_SOCKET);
@@ -220,7 +220,7 @@ fn control_failed(path: &Path, e: &io::Error) -> Error {
 
 /// Where metrics are served.
 fn metrics_listeners(
-    socket: &Path,
+    path: &Path,
     address: Option<SocketAddr>,
 ) -> Result<(UnixListener, Option<TcpListener>), Error> {
     let failed = |place: String| {
@@ -230,44 +230,11 @@ fn metrics_listeners(
                 .remedy("check that nothing else is there, and that the card may listen there")
         }
     };
-    let unix = bind(socket).and_then(|l| l.set_nonblocking(true).map(|()| l));
-    let unix = unix.map_err(failed(socket.display().to_string()))?;
+    let unix = socket::listen(path, |_| {}).and_then(|l| l.set_nonblocking(true).map(|()| l));
+    let unix = unix.map_err(failed(path.display().to_string()))?;
     let Some(address) = address else { return Ok((unix, None)) };
     let tcp = TcpListener::bind(address).and_then(|l| l.set_nonblocking(true).map(|()| l));
     Ok((unix, Some(tcp.map_err(failed(address.to_string()))?)))
-}
-
-/// Listens at `path`, on which a dead predecessor may have left its socket, with mode 0660. Who sees the socket appear there
-/// can connect to it: it gets its name when it listens.
-pub(crate) fn bind(path: &Path) -> io::Result<UnixListener> {
-    match std::fs::symlink_metadata(path) {
-        Ok(metadata) if std::os::unix::fs::FileTypeExt::is_socket(&metadata.file_type()) => {
-            if std::os::unix::net::UnixStream::connect(path).is_ok() {
-                return Err(io::Error::new(io::ErrorKind::AddrInUse, "another process serves it"));
-            }
-        }
-        Ok(_) => {
-            return Err(io::Error::new(io::ErrorKind::AlreadyExists, "there is a file that is no socket"));
-        }
-        Err(e) if e.kind() == io::ErrorKind::NotFound => {}
-        Err(e) => return Err(e),
-    }
-    let name = path.file_name().ok_or(io::ErrorKind::InvalidInput)?;
-    let mut hidden = std::ffi::OsString::from(".");
-    hidden.push(name);
-    let new = path.with_file_name(hidden);
-    // Somebody died in the middle of this.
-    match std::fs::remove_file(&new) {
-        Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(e),
-        _ => {}
-    }
-    let listener = UnixListener::bind(&new)?;
-    std::fs::set_permissions(&new, std::fs::Permissions::from_mode(0o660))
-        .and_then(|()| std::fs::rename(&new, path))
-        .inspect_err(|_| {
-            let _ = std::fs::remove_file(&new);
-        })?;
-    Ok(listener)
 }
 
 /// The host said no.

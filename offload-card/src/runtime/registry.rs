@@ -12,12 +12,13 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use proto::error::Error;
+use proto::socket;
 use proto::v1::{self, DeviceLimits, DeviceSpec, DeviceStats, ErrorReason};
 use tonic::Code;
 use tracing::{info, warn};
 
 use super::kept::KeptSockets;
-use super::{bind, host_error, records};
+use super::{host_error, records};
 use crate::device::{ConfigNotifier, Device, Identity, not_limited};
 use crate::factory::DeviceFactory;
 use crate::qos::{Limits, NetLimits};
@@ -260,14 +261,14 @@ impl<F: DeviceFactory> Registry<F> {
     }
 
     /// The device's socket: the one that was kept, if its front-end can still find it.
-    fn listener(&self, id: &str, socket: &Path) -> io::Result<UnixListener> {
+    fn listener(&self, id: &str, path: &Path) -> io::Result<UnixListener> {
         if let Some(listener) = self.kept.take(id) {
-            if std::fs::symlink_metadata(socket).is_ok_and(|m| m.file_type().is_socket()) {
+            if std::fs::symlink_metadata(path).is_ok_and(|m| m.file_type().is_socket()) {
                 return Ok(listener);
             }
             self.kept.forget(id);
         }
-        bind(socket).inspect(|listener| self.kept.keep(id, listener))
+        socket::listen(path, |_| {}).inspect(|listener| self.kept.keep(id, listener))
     }
 
     /// Checks a specification without changing anything.

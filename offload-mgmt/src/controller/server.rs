@@ -1,13 +1,11 @@
 //! The API's socket.
 
-use std::ffi::OsString;
 use std::io;
-use std::os::unix::fs::{FileTypeExt, PermissionsExt};
-use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use nix::unistd::Group;
+use proto::socket;
 use proto::v1::controller_server::ControllerServer;
 use tokio::net::{UnixListener, UnixStream as TokioUnixStream};
 use tokio_stream::wrappers::UnixListenerStream;
@@ -48,47 +46,21 @@ pub struct Api {
 }
 
 impl Api {
-    /// Listens on `path` (mode 0660; group `outboard` if there is one), replacing a socket that nobody listens on. Who sees the
-    /// socket appear there can connect to it: it gets its name when it listens and has its group and mode.
+    /// Listens on `path` (mode 0660; group `outboard` if there is one), replacing a socket that nobody listens on.
     ///
     /// # Errors
     /// [`ServeError`].
     pub fn bind(path: &Path) -> Result<Self, ServeError> {
         let failed = |e| ServeError::Socket(path.to_owned(), e);
-        let missing = |e: &io::Error| e.kind() == io::ErrorKind::NotFound;
-        match std::fs::symlink_metadata(path) {
-            Ok(m) if !m.file_type().is_socket() => {
-                let reason = "there is a file that is no socket";
-                return Err(failed(io::Error::new(io::ErrorKind::AlreadyExists, reason)));
-            }
-            Ok(_) if UnixStream::connect(path).is_ok() => return Err(ServeError::InUse(path.to_owned())),
-            Err(e) if !missing(&e) => return Err(failed(e)),
-            _ => {}
-        }
-        let name = path.file_name().ok_or_else(|| failed(io::ErrorKind::InvalidInput.into()))?;
-        let mut hidden = OsString::from(".");
-        hidden.push(name);
-        let new = path.with_file_name(hidden);
         if let Some(dir) = path.parent() {
             std::fs::create_dir_all(dir).map_err(failed)?;
         }
-        // Somebody died in the middle of this.
-        match std::fs::remove_file(&new) {
-            Err(e) if !missing(&e) => return Err(failed(e)),
-            _ => {}
-        }
-        let listener = UnixListener::bind(&new).map_err(failed)?;
-        if let Ok(Some(group)) = Group::from_name(GROUP)
-            && let Err(e) = std::os::unix::fs::chown(&new, None, Some(group.gid.as_raw()))
-        {
-            tracing::warn!("{} is not given to group {GROUP}: {e}", path.display());
-        }
-        std::fs::set_permissions(&new, std::fs::Permissions::from_mode(0o660))
-            .and_then(|()| std::fs::rename(&new, path))
-            .map_err(|e| {
-                let _ = std::fs::remove_file(&new);
-                failed(e)
-            })?;
+        let listener = socket::listen(path, give_to_group).map_err(|e| match e.kind() {
+            io::ErrorKind::AddrInUse => ServeError::InUse(path.to_owned()),
+            _ => failed(e),
+        })?;
+        let listener = listener.set_nonblocking(true).and_then(|()| UnixListener::from_std(listener));
+        let listener = listener.map_err(failed)?;
         Ok(Self { listener, path: path.to_owned() })
     }
 
@@ -154,31 +126,23 @@ fn incoming(listener: UnixListener) -> impl Stream<Item = io::Result<TokioUnixSt
     taken.filter(Result::is_ok)
 }
 
+/// As far as it may: a controller that is not root serves its own user.
+fn give_to_group(socket: &Path) {
+    if let Ok(Some(group)) = Group::from_name(GROUP)
+        && let Err(e) = std::os::unix::fs::chown(socket, None, Some(group.gid.as_raw()))
+    {
+        tracing::warn!("{} is not given to group {GROUP}: {e}", socket.display());
+    }
+}
+
 #[cfg(test)]
 mod tests {
-    use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify};
-
     use super::*;
 
     #[tokio::test]
-    async fn a_socket_has_its_mode_before_its_name() {
+    async fn what_is_there_already_is_named_and_stays() {
         let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join("api.sock");
-        let changes = Inotify::init(InitFlags::IN_NONBLOCK).unwrap();
-        let all = AddWatchFlags::IN_CREATE | AddWatchFlags::IN_ATTRIB | AddWatchFlags::IN_MOVED_TO;
-        changes.add_watch(dir.path(), all).unwrap();
-        let _api = Api::bind(&path).unwrap();
-        assert_eq!(std::fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o660);
-        let changes = changes.read_events().unwrap();
-        let seen = changes.iter().filter(|e| e.name.as_deref() == path.file_name());
-        assert_eq!(seen.map(|e| e.mask).collect::<Vec<_>>(), [AddWatchFlags::IN_MOVED_TO]);
-    }
-
-    #[tokio::test]
-    async fn a_socket_is_replaced_if_nobody_serves_it_and_a_file_never() {
-        let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join("api.sock");
-        drop(UnixListener::bind(&path).unwrap());
+        let path = dir.path().join("made/with/its/directory/api.sock");
         let _api = Api::bind(&path).unwrap();
         assert!(matches!(Api::bind(&path), Err(ServeError::InUse(_))));
 
