@@ -6,25 +6,20 @@ use offload_card::{Chain, Ring};
 use crate::io::Op;
 use crate::request::Status;
 
-/// Bytes that cost as much as a request by itself, as a power of two.
-const STEP_BYTES_LOG2: u32 = 11;
-
 /// Writes the status of the request in `chain` and returns it to the ring. `payload` is what was moved, if anything was to
-/// be; `written` bytes were written at the beginning of what may be. What it cost, in steps.
+/// be; `written` bytes were written at the beginning of what may be.
 pub(super) fn answer(
     ring: &mut Ring,
     chain: &Chain,
     status: Status,
     payload: Option<(Op, u32)>,
     written: u32,
-) -> u32 {
+) {
     let counters = ring.counters();
-    let mut cost = 1;
     match (status, payload) {
         (Status::Ok, Some((op, length))) => {
             let counter = if op == Op::Read { &counters.bytes_in } else { &counters.bytes_out };
             counter.add(u64::from(length));
-            cost += length >> STEP_BYTES_LOG2;
         }
         (Status::Ok, None) => {}
         (Status::IoError | Status::Unsupported, _) => counters.errors.add(1),
@@ -33,7 +28,6 @@ pub(super) fn answer(
     // The driver may trust only what is written without a gap (VirtIO 1.3 section 2.7.8.2).
     let gap = chain.writable_len() - 1 != written;
     ring.push(chain.head(), if gap { written } else { written + 1 });
-    cost
 }
 
 /// Writes the status, the last byte that may be written.

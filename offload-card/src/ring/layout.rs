@@ -11,6 +11,7 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU16, AtomicU32, Ordering};
 
+use virtio_bindings::virtio_ring::VRING_DESC_F_INDIRECT;
 use virtio_queue::desc::split::Descriptor;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
 
@@ -110,6 +111,18 @@ impl Layout {
             if length as usize > CACHE_LINE {
                 prefetch(host.wrapping_add(CACHE_LINE));
             }
+        }
+    }
+
+    /// Has the processor fetch the beginning of the first buffer of the indirect table that descriptor `index` names, if it
+    /// names one.
+    pub(super) fn prefetch_indirect_buffer(&mut self, index: u16) {
+        let table = self.descriptor(index).filter(|d| u32::from(d.flags()) & VRING_DESC_F_INDIRECT != 0);
+        if let Some(first) = table.and_then(|table| self.indirect(table.addr().0))
+            && first.len() > 0
+            && let Some((host, _)) = self.spans.translate(first.addr().0, first.len())
+        {
+            prefetch(host);
         }
     }
 

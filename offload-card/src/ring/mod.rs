@@ -52,10 +52,11 @@ pub const MAX_SIZE: u16 = 32768;
 /// some do with small queues, so the bound is no tighter than other devices'.
 const MAX_INDIRECT: u16 = 1024;
 
-/// How far a ring looks ahead ([`Ring::look_ahead`]): to descriptors, and to the buffers that they name. A line that another
-/// processor has written takes about as long as two small frames.
-const DESCRIPTORS_AHEAD: u16 = 8;
-const BUFFERS_AHEAD: u16 = 4;
+/// How far a ring looks ahead ([`Ring::look_ahead`]), in chains: to descriptors; to the buffers or indirect tables that they name;
+/// and to the first buffers that those tables name. A line that another processor has written takes about as long as two small
+/// frames, and each is found by the one before. Batches of 4 requests of a disk want that, too: without the third, and looking
+/// only beyond what had just become known, such a request's header took 2 % of the CPU time of an O_DIRECT read.
+const AHEAD: [u16; 3] = [8, 4, 2];
 
 /// Where a ring's areas are, as guest-physical addresses.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -130,8 +131,8 @@ pub struct Ring {
     in_order: Option<InOrder>,
     /// Longest chain taken, in descriptors.
     chain_max: u16,
-    /// What the next chains are made of is fetched early.
-    looks_ahead: bool,
+    /// What the next chains are made of is fetched early: by stage, the first position in the available ring that is still to be.
+    looked_ahead: Option<[u16; AHEAD.len()]>,
     /// The layout is of another memory than when [`Ring::memory_changed`] was asked last.
     moved: bool,
     /// Left from a predecessor, to be popped before anything new; oldest last.
@@ -194,7 +195,7 @@ impl Ring {
             inflight,
             in_order,
             chain_max: size.max(MAX_INDIRECT),
-            looks_ahead: false,
+            looked_ahead: None,
             moved: false,
             resubmit,
             heads,
@@ -280,10 +281,10 @@ impl Ring {
         self.chain_max = descriptors;
     }
 
-    /// From now on the processor is told to fetch what the next chains are made of, and where their buffers begin, while this
-    /// one is worked on: for an engine that reads those itself.
+    /// From now on the processor is told to fetch what the next chains are made of, and where their buffers begin, before that is
+    /// needed: for an engine that reads those itself.
     pub fn look_ahead(&mut self) {
-        self.looks_ahead = true;
+        self.looked_ahead = Some([self.next_avail; AHEAD.len()]);
     }
 
     /// True if the guest's memory has changed since this was asked last. What the front-end removed is unmapped when
@@ -340,6 +341,7 @@ impl Ring {
         if self.next_avail == self.seen_avail && self.refresh()? == 0 {
             return Ok(false);
         }
+        self.fetch_ahead();
         let head = self.layout.avail_head(self.next_avail);
         match self.heads.get(usize::from(head)) {
             None => return Err(RingError::Index { head, index: head }),
@@ -358,22 +360,29 @@ impl Ring {
         self.next_avail = self.next_avail.wrapping_add(1);
         self.shared.counters.requests.add(1);
         self.shared.counters.in_flight.set(u64::from(self.in_flight));
-        if self.looks_ahead {
-            self.fetch_ahead();
-        }
         Ok(true)
     }
 
     /// Nothing that is found here counts: the guest may change it until it is popped.
     fn fetch_ahead(&mut self) {
+        let Some(stages) = &mut self.looked_ahead else { return };
         let known = self.seen_avail.wrapping_sub(self.next_avail);
-        if known > DESCRIPTORS_AHEAD {
-            let head = self.layout.avail_head(self.next_avail.wrapping_add(DESCRIPTORS_AHEAD));
-            self.layout.prefetch_descriptor(head);
-        }
-        if known > BUFFERS_AHEAD {
-            let head = self.layout.avail_head(self.next_avail.wrapping_add(BUFFERS_AHEAD));
-            self.layout.prefetch_buffer(head);
+        for (stage, (at, depth)) in stages.iter_mut().zip(AHEAD).enumerate() {
+            // What has been popped since is fetched no more, and after `unpop` some already is that is far ahead.
+            let mut ahead = at.wrapping_sub(self.next_avail);
+            if ahead > self.size {
+                ahead = 0;
+            }
+            while ahead < known.min(depth) {
+                let head = self.layout.avail_head(self.next_avail.wrapping_add(ahead));
+                match stage {
+                    0 => self.layout.prefetch_descriptor(head),
+                    1 => self.layout.prefetch_buffer(head),
+                    _ => self.layout.prefetch_indirect_buffer(head),
+                }
+                ahead += 1;
+            }
+            *at = self.next_avail.wrapping_add(ahead);
         }
     }
 
