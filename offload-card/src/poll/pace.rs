@@ -193,11 +193,14 @@ impl Pacer {
             PollMode::Adaptive => {
                 let window = self.windows[awaited as usize];
                 self.awaited = awaited;
-                // A thread that is not to look reads the clock once per sleep.
+                // A thread that is not to look reads the clock once per sleep, and has no need to know who else wants the CPU.
                 if window.is_zero() || self.others.waiting() || self.looks % LOOKS == LOOKS - 1 {
                     let now = now();
                     let since = *self.since.get_or_insert(now);
-                    if self.others.want_cpu(now, times) || now.saturating_duration_since(since) >= window {
+                    if window.is_zero()
+                        || self.others.want_cpu(now, times)
+                        || now.saturating_duration_since(since) >= window
+                    {
                         self.asleep = Some(now);
                         return Next::Sleep;
                     }
@@ -354,6 +357,20 @@ mod tests {
             thread.gap_of(Awaited::Completions, 5 * US);
         }
         assert_eq!(thread.sleeps, 102);
+    }
+
+    #[test]
+    fn who_does_not_look_does_not_ask_who_else_wants_the_cpu() {
+        let mut pacer = Pacer::new(PollPolicy { mode: PollMode::Adaptive, max: 50 * US });
+        let mut now = Instant::now();
+        for _ in 0..100 {
+            let asked = || panic!("the scheduler was asked");
+            assert_eq!(pacer.idle_at(Awaited::Completions, || now, asked), Next::Sleep);
+            pacer.sleeps();
+            now += 10_000 * US;
+            pacer.woke_at(|| now);
+            pacer.worked();
+        }
     }
 
     #[test]
