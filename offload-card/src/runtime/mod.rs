@@ -105,14 +105,9 @@ pub fn run<F: DeviceFactory>(
     args: &CardArgs,
     build: impl FnOnce(&Path) -> Result<Parts<F>, Error>,
 ) -> ExitCode {
-    // Guests may be waiting.
-    let first = schedule::set(Turn::First);
     if let Err(e) = start_log(&args.log) {
         eprintln!("{kind}: {e}");
         return ExitCode::from(2);
-    }
-    if let Err(e) = first {
-        debug!("the scheduler does not let threads run sooner: {e}");
     }
     match serve(kind, version, args, build) {
         Ok(()) => ExitCode::SUCCESS,
@@ -149,7 +144,7 @@ fn serve<F: DeviceFactory>(
     let Parts { factory, mut routes } = build(&args.runtime_dir)?;
     let (control, kept) = KeptSockets::from_environment().map_err(|e| control_failed(&args.control, &e))?;
     let registry = Arc::new(Registry::new(factory, devices, kept));
-    // The threads that talk to front-ends stay so.
+    // Guests may be waiting. The threads that talk to front-ends stay so.
     let soon = schedule::set(Turn::Soon);
     registry.restore(Instant::now() + RESTORE_TIMEOUT);
     if let Err(e) = soon.and_then(|()| schedule::set(Turn::Usual)) {

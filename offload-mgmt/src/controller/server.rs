@@ -55,7 +55,7 @@ impl Api {
         if let Some(dir) = path.parent() {
             std::fs::create_dir_all(dir).map_err(failed)?;
         }
-        let listener = socket::listen(path, give_to_group).map_err(|e| match e.kind() {
+        let listener = socket::listen(path, |new| give_to_group(new, path)).map_err(|e| match e.kind() {
             io::ErrorKind::AddrInUse => ServeError::InUse(path.to_owned()),
             _ => failed(e),
         })?;
@@ -126,12 +126,12 @@ fn incoming(listener: UnixListener) -> impl Stream<Item = io::Result<TokioUnixSt
     taken.filter(Result::is_ok)
 }
 
-/// As far as it may: a controller that is not root serves its own user.
-fn give_to_group(socket: &Path) {
+/// Gives `socket`, which will be called `path`, to the people who may use the API. Who may not do that serves its own user.
+fn give_to_group(socket: &Path, path: &Path) {
     if let Ok(Some(group)) = Group::from_name(GROUP)
         && let Err(e) = std::os::unix::fs::chown(socket, None, Some(group.gid.as_raw()))
     {
-        tracing::warn!("{} is not given to group {GROUP}: {e}", socket.display());
+        tracing::warn!("{} is not given to group {GROUP}: {e}", path.display());
     }
 }
 
