@@ -68,7 +68,8 @@ two_connections() { [[ $(connections | wc -l) -eq 2 ]]; }
 # received: bytes that right's interface has received.
 received() { guest right cat /sys/class/net/eth0/statistics/rx_bytes; }
 more_than() { local now && now=$(received) && ((now > $1)); }
-guest left "iperf3 -J -t 30 -c 10.90.0.2" >"$RESULTS/iperf.json" &
+# It outlasts what is waited for below, also on a busy machine.
+guest left "iperf3 -J -t 60 -c 10.90.0.2" >"$RESULTS/iperf.json" &
 client=$!
 check "a stream from left to right begins" within 20 two_connections
 before=$(received)
