@@ -417,7 +417,8 @@ impl Worker {
             // dropped only when none is active (`BlockQueue` sees to it), or with the whole process.
             match unsafe { self.backend.begin(head, &slot.transfer(&self.disk.store, most)) } {
                 Begun::Done(result) => {
-                    self.unpublished += result.max(0).unsigned_abs() >> STEP_BYTES_LOG2;
+                    let copied = result.max(0).unsigned_abs() >> STEP_BYTES_LOG2;
+                    self.unpublished = self.unpublished.saturating_add(copied);
                     if !self.moved(head, result) {
                         return;
                     }

@@ -11,7 +11,8 @@ use std::path::Path;
 const MODE: u32 = 0o660;
 
 /// Listens at `path`, on which a dead predecessor may have left its socket, with mode 0660. Who sees the socket appear there
-/// can connect to it: it gets its name when it listens and has its mode, and `own` has given it to whom it belongs.
+/// can connect to it: it gets its name when it listens and has its mode, and `own` has given it to whom it belongs. Until then it
+/// has another name, and the mode that the umask leaves it.
 ///
 /// # Errors
 /// [`io::ErrorKind::AddrInUse`] if somebody serves it, [`io::ErrorKind::AlreadyExists`] if something else has that name (which

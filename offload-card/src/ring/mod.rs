@@ -54,8 +54,8 @@ const MAX_INDIRECT: u16 = 1024;
 
 /// How far a ring looks ahead ([`Ring::look_ahead`]), in chains: to descriptors; to the buffers or indirect tables that they name;
 /// and to the first buffers that those tables name. A line that another processor has written takes about as long as two small
-/// frames, and each is found by the one before. Batches of 4 requests of a disk want that, too: without the third, and looking
-/// only beyond what had just become known, such a request's header took 2 % of the CPU time of an O_DIRECT read.
+/// frames, and each is found by the one before. A disk's batches are of 4 requests: as long as nothing nearer than 4 chains was
+/// fetched, and no table's first buffer, waiting for the header took 1 to 2 % of the CPU time of an O_DIRECT read.
 const AHEAD: [u16; 3] = [8, 4, 2];
 
 /// Where a ring's areas are, as guest-physical addresses.
@@ -131,7 +131,7 @@ pub struct Ring {
     in_order: Option<InOrder>,
     /// Longest chain taken, in descriptors.
     chain_max: u16,
-    /// What the next chains are made of is fetched early: by stage, the first position in the available ring that is still to be.
+    /// What the next chains are made of is fetched early: by stage, the first position in the available ring not fetched yet.
     looked_ahead: Option<[u16; AHEAD.len()]>,
     /// The layout is of another memory than when [`Ring::memory_changed`] was asked last.
     moved: bool,
