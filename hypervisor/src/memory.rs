@@ -1,20 +1,17 @@
 //! Guest RAM: one sealed memfd, mapped here and by every device that serves the guest.
 
-use std::ffi::CStr;
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd};
 use std::sync::Arc;
 
+use proto::memory::GUEST_RAM;
 use vm_memory::{FileOffset, GuestAddress, GuestMemoryMmap, GuestRegionMmap, MmapRegion};
 
 use crate::platform::layout;
 
 /// RAM comes in multiples of this, so that huge pages fit without remainder. Bytes.
 pub const GRANULE: u64 = 2 << 20;
-
-/// Name of the memfd, as /proc/PID/maps shows it.
-const MEMFD_NAME: &CStr = c"outboard-ram";
 
 /// A piece of RAM that is contiguous in guest-physical addresses.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -103,7 +100,8 @@ impl GuestRam {
         self.regions.iter().map(|r| r.size).sum()
     }
 
-    /// Gives every page back to the host; the RAM reads as zeroes then, here and in every process that maps it.
+    /// Gives every page back to the host; the RAM reads as zeroes then, here and in every process that maps it. Only while no
+    /// device's queue runs on it, for those may hold on to its pages ([`GUEST_RAM`]); or else it is used no more.
     ///
     /// # Errors
     /// What the host says to punching the hole.
@@ -124,7 +122,7 @@ impl GuestRam {
 
 fn sealed_memfd(size: u64) -> io::Result<File> {
     // SAFETY: the name is a C string; the result is checked before use.
-    let fd = unsafe { libc::memfd_create(MEMFD_NAME.as_ptr(), libc::MFD_CLOEXEC | libc::MFD_ALLOW_SEALING) };
+    let fd = unsafe { libc::memfd_create(GUEST_RAM.as_ptr(), libc::MFD_CLOEXEC | libc::MFD_ALLOW_SEALING) };
     if fd < 0 {
         return Err(io::Error::last_os_error());
     }

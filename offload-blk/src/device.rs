@@ -15,7 +15,7 @@ use tracing::{Span, debug, warn};
 use virtio_bindings::virtio_ids::VIRTIO_ID_BLOCK;
 
 use crate::config::{CONFIG_BYTES, Config};
-use crate::io::{MapLimit, Seen};
+use crate::io::{MapLimit, Register, Seen};
 use crate::mode::ModeFile;
 use crate::queue::{QueueHost, QueueStart, host_error};
 use crate::request::ID_BYTES;
@@ -43,6 +43,8 @@ pub struct DiskConfig {
     pub serial: String,
     /// How to do I/O.
     pub engine: IoEngine,
+    /// Whether the guest's memory is registered with the kernel.
+    pub register: Register,
     /// How much of its image may be mapped, together with those of others, to read what is in the page cache.
     pub map_limit: Arc<MapLimit>,
     /// When its queues poll.
@@ -89,6 +91,7 @@ impl BlockDevice {
             queue_size,
             serial,
             engine,
+            register,
             map_limit,
             poll,
             host,
@@ -122,6 +125,7 @@ impl BlockDevice {
             config,
             serial: id,
             engine,
+            register,
             seen: Arc::new(Seen::new(map_limit)),
             limiter: Arc::default(),
             share: storage.share(queues),

@@ -34,7 +34,7 @@ mod worker;
 pub use device::{BlockDevice, DiskConfig, MAX_QUEUE_SIZE, MIN_QUEUE_SIZE};
 pub use erase::{Erase, MAX_RANGE_SECTORS, MAX_RANGES, Range};
 pub use image::{Geometry, Image, SECTOR_BYTES};
-pub use io::MapLimit;
+pub use io::{MapLimit, Register};
 pub use mode::ModeFile;
 pub use queue::{BlockQueue, Inline, Progress, QueueHost, QueueStart};
 pub use request::{HEADER_BYTES, ID_BYTES, Limits, NoStatus, Request, Status, parse};

@@ -4,7 +4,7 @@ use std::process::ExitCode;
 use std::sync::Arc;
 
 use clap::Parser;
-use offload_blk::{IoEngine, MapLimit, StorageCard, StorageService};
+use offload_blk::{IoEngine, MapLimit, Register, StorageCard, StorageService};
 use offload_card::poll::PollArgs;
 use offload_card::runtime::{self, CardArgs, Parts};
 use proto::v1::storage_card_server::StorageCardServer;
@@ -25,6 +25,10 @@ struct Args {
     /// How to do I/O.
     #[arg(long, value_enum, default_value_t)]
     io: IoEngine,
+    /// Whether guest memory that disks without the page cache use again and again is registered with the kernel, which keeps it
+    /// in memory and makes requests cheaper.
+    #[arg(long, value_enum, default_value_t, value_name = "WHEN")]
+    register_memory: Register,
     /// How much of the disks' images may be mapped in all, in MiB, to read what is in the page cache without system calls; 0:
     /// nothing. A GiB that is mapped costs 2 MiB of page tables, and 14 ms of the pause when the card is killed.
     #[arg(long, value_name = "MIB", default_value_t = MapLimit::DEFAULT_BYTES >> 20)]
@@ -38,6 +42,7 @@ fn main() -> ExitCode {
     runtime::run("offload-blk", env!("CARGO_PKG_VERSION"), &args.card, |runtime_dir| {
         let factory = Arc::new(StorageCard::new(
             args.io,
+            args.register_memory,
             MapLimit::new(args.map_mib.saturating_mul(1 << 20)),
             args.poll.policy(),
             runtime_dir,

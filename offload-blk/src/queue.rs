@@ -160,8 +160,9 @@ impl QueueStart {
         let wakers = || -> io::Result<Wakers> {
             Ok(Wakers { kick: ring.kick().try_clone()?, orders: orders.event().try_clone()? })
         };
-        let made =
-            wakers().and_then(|w| Backend::new(&disk.store, w, ring.size(), disk.engine, used, &disk.seen));
+        let made = wakers().and_then(|w| {
+            Backend::new(&disk.store, w, ring.size(), disk.engine, used, &disk.seen, disk.register)
+        });
         let (backend, refused) = made.map_err(|e| host_error(&name, index, "no I/O is possible", &e))?;
         if let Some(e) = refused {
             warn!(

@@ -19,7 +19,7 @@ use tracing::{info, warn};
 
 use crate::device::{BlockDevice, DiskConfig};
 use crate::image::Image;
-use crate::io::MapLimit;
+use crate::io::{MapLimit, Register};
 use crate::mode::ModeFile;
 use crate::qcow2;
 use crate::request::ID_BYTES;
@@ -37,6 +37,7 @@ const MAX_POLL_US: u32 = 1_000_000;
 #[derive(Debug)]
 pub struct StorageCard {
     engine: IoEngine,
+    register: Register,
     map_limit: Arc<MapLimit>,
     poll: PollPolicy,
     /// Where cache modes are kept.
@@ -48,13 +49,15 @@ pub struct StorageCard {
 }
 
 impl StorageCard {
-    /// One whose disks do I/O by `engine`, map no more of their images than `map_limit` and, unless their specification says otherwise, poll as `poll` says. What must
+    /// One whose disks do I/O by `engine`, register guest memory as `register` says, map no more of their images than
+    /// `map_limit` and, unless their specification says otherwise, poll as `poll` says. What must
     /// outlive the process is kept in `runtime_dir`.
     ///
     /// # Errors
     /// `Host`: the directory cannot be used.
     pub fn new(
         engine: IoEngine,
+        register: Register,
         map_limit: MapLimit,
         poll: PollPolicy,
         runtime_dir: &Path,
@@ -71,6 +74,7 @@ impl StorageCard {
         let suspects = Suspects::new(suspects.clone()).map_err(|e| failed(&suspects, e))?;
         Ok(Self {
             engine,
+            register,
             map_limit: Arc::new(map_limit),
             poll,
             modes,
@@ -143,6 +147,7 @@ impl StorageCard {
             queue_size,
             serial: if serial.is_empty() { spec.id.clone() } else { serial.clone() },
             engine: self.engine,
+            register: self.register,
             map_limit: self.map_limit.clone(),
             poll: self.policy(block)?,
             host: Arc::new(Threads::default()),
@@ -277,8 +282,14 @@ mod tests {
     #[test]
     fn a_disk_over_which_the_card_has_died_does_not_keep_the_others_from_being_made() {
         let dir = tempfile::tempdir().unwrap();
-        let card = StorageCard::new(IoEngine::Sync, MapLimit::default(), PollPolicy::default(), dir.path())
-            .expect("a storage card");
+        let card = StorageCard::new(
+            IoEngine::Sync,
+            Register::default(),
+            MapLimit::default(),
+            PollPolicy::default(),
+            dir.path(),
+        )
+        .expect("a storage card");
         let spec = |id: &str| {
             let path = dir.path().join(id);
             std::fs::File::create(&path).and_then(|f| f.set_len(1 << 20)).unwrap();

@@ -20,7 +20,7 @@ use virtio_bindings::virtio_blk::{VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_WRITE_ZEROE
 
 use crate::config::Config;
 use crate::erase::{MAX_RANGES, Range};
-use crate::io::{Backend, Begun, Op, Seen};
+use crate::io::{Backend, Begun, Op, Register, Seen};
 use crate::queue::Progress;
 use crate::request::{ID_BYTES, Limits, NoStatus, Request, Status, parse};
 use crate::share::{Share, cost};
@@ -71,6 +71,7 @@ pub(crate) struct Disk {
     pub(crate) config: Config,
     pub(crate) serial: [u8; ID_BYTES],
     pub(crate) engine: IoEngine,
+    pub(crate) register: Register,
     pub(crate) seen: Arc<Seen>,
     pub(crate) limiter: Arc<Limiter>,
     pub(crate) share: Arc<Share>,
@@ -128,13 +129,14 @@ impl Worker {
         disk: Arc<Disk>,
         mut ring: Ring,
         orders: Receiver<QueueOrder>,
-        backend: Backend,
+        mut backend: Backend,
     ) -> Self {
         let null = matches!(disk.store, Store::Null(_));
         let mapped = matches!(&disk.store, Store::Image(image) if !image.direct());
         if !null {
             ring.look_ahead();
         }
+        backend.use_memory(ring.memory());
         let negotiated = |bit: u32| ring.features() & 1 << bit != 0;
         let erases = disk.store.erases();
         let limits = Limits {
@@ -190,6 +192,7 @@ impl Worker {
         }
         if self.ring.memory_changed() {
             // What the front-end removed is unmapped when nothing keeps it.
+            self.backend.use_memory(self.ring.memory());
             self.spare.clear();
             self.slots.iter_mut().filter(|s| !s.active).for_each(|s| s.chain.clear());
         }
@@ -207,6 +210,10 @@ impl Worker {
         let copied = self.backend.copied();
         if copied > 0 {
             self.ring.counters().copied.add(copied);
+        }
+        let registered = self.backend.registered_bytes();
+        if registered != self.ring.counters().registered.get() {
+            self.ring.counters().registered.set(registered);
         }
         if self.stopping && self.active == 0 && self.ring.recovered() == 0 {
             Progress::Ended
@@ -278,6 +285,7 @@ impl Worker {
 
     /// Gives the ring back, after [`Progress::Ended`].
     pub(crate) fn end(self) -> RingState {
+        self.ring.counters().registered.set(0);
         self.ring.stop()
     }
 

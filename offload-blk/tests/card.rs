@@ -82,6 +82,41 @@ fn direct_io() {
     does_io(&[], true);
 }
 
+/// Memory is registered where it is used again and again, and not any more when the queue has stopped.
+#[test]
+fn direct_io_with_registered_memory() {
+    let dir = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+    for (when, registers) in [("always", true), ("auto", false), ("never", false)] {
+        let path = image(dir.path(), &format!("{when}.img"), 8 << 20);
+        let runtime_dir = dir.path().join(when);
+        fs::create_dir(&runtime_dir).unwrap();
+        let card = Card::start(&runtime_dir, &["--register-memory", when]);
+        let block = BlockDeviceSpec { path: path.clone(), direct: true, ..Default::default() };
+        let device = card.create(&spec("d", block)).unwrap();
+        let mut front = connect(&device);
+        let mut guest = Guest::new(1, 64, DRIVER);
+        guest.connect(&mut front);
+        let registered = || card.stats("d").unwrap().queues[0].bytes_registered;
+        for version in 0..200 {
+            let sector = version * 8;
+            guest.set_data(0, &pattern(sector, version, 4096));
+            assert_eq!(guest.run(0, T_OUT, sector, 4096), OK);
+            guest.set_data(0, &[0; 4096]);
+            assert_eq!(guest.run(0, T_IN, sector, 4096), OK);
+            assert!(guest.data(0, 4096) == pattern(sector, version, 4096));
+        }
+        assert_eq!(registered() > 0, registers, "{when}");
+        let mut on_disk = vec![0; 4096];
+        let file = fs::File::open(&path).unwrap();
+        for version in 0..200 {
+            file.read_exact_at(&mut on_disk, version * 4096).unwrap();
+            assert!(on_disk == pattern(version * 8, version, 4096), "block {version} on disk");
+        }
+        front.stop(0);
+        assert_eq!(registered(), 0);
+    }
+}
+
 #[test]
 fn direct_io_with_unaligned_buffers() {
     let dir = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
@@ -484,7 +519,7 @@ fn nothing_is_lost_by_kills_with_io_uring() {
 
 #[test]
 fn nothing_is_lost_by_kills_with_direct_io() {
-    survives_kills(&["--io", "io-uring"], true, 25);
+    survives_kills(&["--io", "io-uring", "--register-memory", "always"], true, 25);
 }
 
 #[test]

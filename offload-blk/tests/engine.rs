@@ -6,7 +6,9 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use common::{DRIVER, Guest, PATIENCE, T_DISCARD, T_FLUSH, T_GET_ID, T_IN, T_OUT, T_WRITE_ZEROES, pattern};
-use offload_blk::{BlockDevice, DiskConfig, Image, Inline, IoEngine, QueueHost, Storage, Store, Threads};
+use offload_blk::{
+    BlockDevice, DiskConfig, Image, Inline, IoEngine, QueueHost, Register, Storage, Store, Threads,
+};
 use offload_card::poll::{PollMode, PollPolicy};
 use offload_card::qos::Limits;
 use offload_card::ring::{FEATURES, QueueShared};
@@ -31,6 +33,7 @@ fn config(store: Store, host: Arc<dyn QueueHost>, mode: PollMode, queue_size: u1
         queue_size,
         serial: "serial".into(),
         engine: IoEngine::Auto,
+        register: Default::default(),
         map_limit: Arc::default(),
         poll: PollPolicy { mode, ..Default::default() },
         host,
@@ -58,6 +61,46 @@ fn start(disk: &BlockDevice, guest: &Guest) -> Arc<QueueShared> {
 
 fn stop(disk: &BlockDevice) -> RingState {
     disk.stop_queue(0, Instant::now() + PATIENCE).unwrap().expect("it was started")
+}
+
+/// The front-end gives the guest other memory where there was some, and the queue goes on with that.
+#[test]
+fn registered_memory_is_forgotten_when_it_is_replaced() {
+    let (_file, store) = file(1 << 20);
+    let mut config = config(store, Arc::new(Threads::default()), PollMode::Never, 256);
+    (config.engine, config.register) = (IoEngine::IoUring, Register::AtOnce);
+    let disk = BlockDevice::new(config).unwrap();
+    let mut guest = Guest::new(1, 64, DRIVER);
+    let table = guest.memory.table();
+    let (ring, shared) = guest.queues[0].ring_in(table.clone(), None).unwrap();
+    disk.start_queue(ring).unwrap();
+    let registered = || shared.counters.registered.get();
+    for round in 0..4u64 {
+        let data = pattern(8, round, 4096);
+        guest.set_data(0, &data);
+        assert_eq!(guest.run(0, T_OUT, 8, 4096), OK);
+        guest.set_data(0, &[0; 4096]);
+        assert_eq!(guest.run(0, T_IN, 8, 4096), OK);
+        assert!(guest.data(0, 4096) == data, "round {round}");
+        // The queue says so after its answer.
+        let since = Instant::now();
+        while registered() == 0 {
+            assert!(since.elapsed() < PATIENCE, "nothing is registered");
+            std::thread::yield_now();
+        }
+        // The same rings and data in another file, mapped elsewhere; what is in the old one now is nobody's.
+        let old = guest.memory.clone();
+        guest.move_to(&table);
+        old.memory.write_slice(&[0xee; 1 << 20], GuestAddress(0x20_0000)).unwrap();
+        let since = Instant::now();
+        while registered() > 0 {
+            assert!(since.elapsed() < PATIENCE, "it is still registered");
+            guest.queues[0].kick();
+            std::thread::yield_now();
+        }
+    }
+    stop(&disk);
+    assert_eq!(registered(), 0);
 }
 
 /// As a VMM without threads for I/O: the guest's notification is a call.
@@ -347,6 +390,7 @@ fn a_disk_that_cannot_be_is_refused() {
             queue_size,
             serial: String::new(),
             engine: IoEngine::Auto,
+            register: Default::default(),
             map_limit: Arc::default(),
             poll: PollPolicy::default(),
             host: Arc::new(Threads::default()),

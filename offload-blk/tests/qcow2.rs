@@ -67,6 +67,7 @@ fn disk(store: Store, engine: IoEngine, queues: u16) -> BlockDevice {
         queue_size: 64,
         serial: String::new(),
         engine,
+        register: Default::default(),
         map_limit: Arc::default(),
         poll: PollPolicy { mode: PollMode::Adaptive, ..Default::default() },
         host: Arc::new(Threads::default()),

@@ -53,6 +53,7 @@ fn disk(name: &str, store: Store, engine: IoEngine, mode: PollMode) -> BlockDevi
         queue_size: 256,
         serial: "serial".into(),
         engine,
+        register: Default::default(),
         map_limit: Arc::default(),
         poll: PollPolicy { mode, ..Default::default() },
         host: Arc::new(Threads::default()),

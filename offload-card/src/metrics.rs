@@ -37,7 +37,7 @@ impl Display for Value {
     }
 }
 
-const PER_QUEUE: [PerQueue; 13] = [
+const PER_QUEUE: [PerQueue; 14] = [
     PerQueue {
         name: "chains_taken_total",
         kind: "counter",
@@ -103,6 +103,12 @@ const PER_QUEUE: [PerQueue; 13] = [
         kind: "counter",
         help: "Payload that the card itself copied, as often as it did (bytes).",
         value: |q| Count(q.bytes_copied),
+    },
+    PerQueue {
+        name: "registered_bytes",
+        kind: "gauge",
+        help: "Guest memory registered with the kernel for the queue's transfers (bytes).",
+        value: |q| Count(q.bytes_registered),
     },
     PerQueue {
         name: "throttled_total",

@@ -2,6 +2,7 @@
 
 mod cached;
 mod calls;
+mod registered;
 mod uring;
 mod waiter;
 
@@ -11,9 +12,11 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use offload_card::event::Event;
+use offload_card::memory::View;
 
 pub use cached::MapLimit;
 pub(crate) use cached::Seen;
+pub use registered::Register;
 use uring::Uring;
 use waiter::Waiter;
 
@@ -160,7 +163,8 @@ pub(crate) enum Backend {
 }
 
 impl Backend {
-    /// For up to `depth` transfers at a time on `store`, of which `seen` knows what is in the page cache. The error is of
+    /// For up to `depth` transfers at a time on `store`, of which `seen` knows what is in the page cache; guest memory is
+    /// registered as `register` says, once it is known ([`Backend::use_memory`]). The error is of
     /// io_uring if that was what `engine` insisted on; the second value if io_uring was tried and given up.
     pub(crate) fn new(
         store: &Store,
@@ -169,18 +173,34 @@ impl Backend {
         engine: IoEngine,
         used: Used,
         seen: &Arc<Seen>,
+        register: Register,
     ) -> io::Result<(Self, Option<io::Error>)> {
         let Some(target) = Target::of(store) else { return Ok((Self::Null(Waiter::new(wakers)?), None)) };
         let mut refused = None;
         if used != Used::ByAny && engine != IoEngine::Sync {
             let here = engine == IoEngine::Auto;
-            match Uring::new(target.clone(), wakers.try_clone()?, depth, here, used, seen) {
+            match Uring::new(target.clone(), wakers.try_clone()?, depth, here, used, seen, register) {
                 Ok(uring) => return Ok((Self::Uring(Box::new(uring)), None)),
                 Err(e) if engine == IoEngine::IoUring => return Err(e),
                 Err(e) => refused = Some(e),
             }
         }
         Ok((Self::Calls(Waiter::new(wakers)?, target), refused))
+    }
+
+    /// What transfers name is in `view` from now on.
+    pub(crate) fn use_memory(&mut self, view: &Arc<View>) {
+        if let Self::Uring(uring) = self {
+            uring.use_memory(view);
+        }
+    }
+
+    /// Bytes of guest memory that are registered with the kernel now.
+    pub(crate) fn registered_bytes(&self) -> u64 {
+        match self {
+            Self::Null(_) | Self::Calls(..) => 0,
+            Self::Uring(uring) => uring.registered.bytes(),
+        }
     }
 
     /// A read at `offset` of the file is about to begin.
@@ -283,7 +303,15 @@ mod tests {
         depth: u16,
         engine: IoEngine,
     ) -> io::Result<(Backend, Option<io::Error>)> {
-        Backend::new(store, wakers, depth, engine, Used::ByOne, &Arc::new(Seen::new(Arc::default())))
+        Backend::new(
+            store,
+            wakers,
+            depth,
+            engine,
+            Used::ByOne,
+            &Arc::new(Seen::new(Arc::default())),
+            Register::Never,
+        )
     }
 
     fn wakers() -> Wakers {

@@ -23,9 +23,11 @@ use std::time::Duration;
 
 use io_uring::types::{Fd, FsyncFlags, SubmitArgs, Timespec};
 use io_uring::{IoUring, cqueue, opcode, squeue};
+use offload_card::memory::View;
 use tracing::warn;
 
 use super::cached::{Cached, Seen};
+use super::registered::{Register, Registered};
 use super::{Begun, Completion, Op, Target, Transfer, Used, Wakers, calls};
 use crate::image::Image;
 use crate::qcow2::{Mailbox, Qcow2, Work};
@@ -64,6 +66,7 @@ pub(crate) struct Uring {
     read_here: bool,
     write_here: bool,
     pub(super) cached: Cached,
+    pub(super) registered: Registered,
 }
 
 impl Uring {
@@ -76,11 +79,15 @@ impl Uring {
         here: bool,
         used: Used,
         seen: &Arc<Seen>,
+        register: Register,
     ) -> io::Result<Self> {
         let Target { image, qcow2 } = target;
         // One entry per transfer and three for the polls.
         let ring = build(u32::from(depth) + 3, used)?;
         let cached = here && !image.direct();
+        // What is copied from or to the page cache costs the same either way.
+        let register =
+            if image.direct() || register == Register::AtOnce { register } else { Register::Never };
         let formatted = qcow2.map(|qcow2| -> io::Result<_> {
             let mailbox = Arc::new(Mailbox::new(depth)?);
             Ok(Formatted { qcow2, mailbox, pending: 0, done: Vec::with_capacity(depth.into()) })
@@ -89,6 +96,7 @@ impl Uring {
         let mut uring = Self {
             ring,
             cached: Cached::new(seen.clone()),
+            registered: Registered::new(register),
             image,
             formatted,
             wakers,
@@ -175,14 +183,24 @@ impl Uring {
         let file = Fd(file.as_raw_fd());
         let (offset, iovecs) = (transfer.offset, transfer.iovecs);
         let (first, count) = (iovecs.as_ptr(), iovecs.len() as u32);
+        let buffer = match iovecs {
+            [one] => self.registered.buffer(&self.ring.submitter(), one),
+            _ => None,
+        };
         let entry = match (transfer.op, iovecs) {
-            (Op::Read, [one]) => {
-                opcode::Read::new(file, one.iov_base.cast(), length(one)).offset(offset).build()
-            }
+            (Op::Read, [one]) => match buffer {
+                Some(buffer) => opcode::ReadFixed::new(file, one.iov_base.cast(), length(one), buffer)
+                    .offset(offset)
+                    .build(),
+                None => opcode::Read::new(file, one.iov_base.cast(), length(one)).offset(offset).build(),
+            },
             (Op::Read, _) => opcode::Readv::new(file, first, count).offset(offset).build(),
-            (Op::Write, [one]) => {
-                opcode::Write::new(file, one.iov_base.cast(), length(one)).offset(offset).build()
-            }
+            (Op::Write, [one]) => match buffer {
+                Some(buffer) => opcode::WriteFixed::new(file, one.iov_base.cast(), length(one), buffer)
+                    .offset(offset)
+                    .build(),
+                None => opcode::Write::new(file, one.iov_base.cast(), length(one)).offset(offset).build(),
+            },
             (Op::Write, _) => opcode::Writev::new(file, first, count).offset(offset).build(),
             (Op::WriteThrough, _) => {
                 opcode::Writev::new(file, first, count).offset(offset).rw_flags(libc::RWF_DSYNC).build()
@@ -262,6 +280,11 @@ impl Uring {
                 self.ring.submitter().submit_with_args(1, &SubmitArgs::new().timespec(&timeout))
             }
         })
+    }
+
+    /// The guest's memory, from now on.
+    pub(super) fn use_memory(&mut self, view: &Arc<View>) {
+        self.registered.use_memory(&self.ring.submitter(), view);
     }
 
     /// Can be read when a wait would end.

@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 
 use hyper_util::rt::TokioIo;
 use offload_blk::{HEADER_BYTES, SECTOR_BYTES};
+use offload_card::memory::{MemoryTable, Region};
 use offload_card::ring::FEATURES;
 use offload_card::testing::{Buffer, DriverQueue, Front, TestGuest};
 use proto::error::Error;
@@ -231,6 +232,18 @@ impl Guest {
         for (i, queue) in self.queues.iter().enumerate() {
             front.start(i, queue, queue.used_idx());
         }
+    }
+
+    /// Moves all memory into another file, and into `table` instead of what is there.
+    pub fn move_to(&mut self, table: &MemoryTable) {
+        let new = TestGuest::new(MEMORY);
+        let mut all = vec![0; MEMORY as usize];
+        self.memory.memory.read_slice(&mut all, GuestAddress(0)).unwrap();
+        new.memory.write_slice(&all, GuestAddress(0)).unwrap();
+        self.queues.iter_mut().for_each(|queue| queue.move_to(&new));
+        let file = new.file().try_clone().unwrap();
+        table.replace(vec![Region::map(0, MEMORY, 0, file, 0).unwrap()]).unwrap();
+        self.memory = new;
     }
 
     pub fn data(&self, slot: u64, length: usize) -> Vec<u8> {

@@ -8,13 +8,19 @@ mod window;
 
 use std::fs::File;
 use std::ops::Deref;
+use std::os::fd::AsRawFd;
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::MetadataExt;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use arc_swap::ArcSwap;
+use proto::memory::GUEST_RAM;
 use thiserror::Error;
-use vm_memory::{FileOffset, GuestAddress, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap, MmapRegion};
+use vm_memory::{
+    FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap,
+    MmapRegion,
+};
 
 pub(crate) use cut::Guard;
 pub use cut::Quota;
@@ -45,6 +51,38 @@ pub struct View {
     memory: GuestMemory,
     /// Dropped after the mappings, as fields are in order.
     _guards: Vec<Arc<Guard>>,
+}
+
+/// A region of guest memory in this process.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Mapped {
+    /// Where it begins.
+    pub address: usize,
+    /// Its length in bytes.
+    pub length: usize,
+    /// Its pages are not replaced by others as long as a queue runs: it is of Outboard's hypervisor ([`GUEST_RAM`]). A front-end
+    /// that says so falsely harms its own guest.
+    pub stays: bool,
+}
+
+impl View {
+    /// Its regions, as they are mapped here.
+    pub fn mapped(&self) -> impl Iterator<Item = Mapped> {
+        self.memory.iter().map(|region| Mapped {
+            address: region.as_ptr().addr(),
+            length: region.size(),
+            stays: region.file_offset().is_some_and(|offset| is_guest_ram(offset.file())),
+        })
+    }
+}
+
+/// A file has the name of the hypervisor's memfds, as /proc shows it.
+fn is_guest_ram(file: &File) -> bool {
+    let name = std::fs::read_link(format!("/proc/self/fd/{}", file.as_raw_fd()));
+    name.is_ok_and(|name| {
+        let name = name.as_os_str().as_bytes().strip_prefix(b"/memfd:");
+        name.and_then(|name| name.strip_suffix(b" (deleted)")) == Some(GUEST_RAM.to_bytes())
+    })
 }
 
 impl Deref for View {
@@ -307,8 +345,6 @@ fn view_of(regions: &[Region]) -> Result<View, MemoryError> {
 
 #[cfg(test)]
 mod tests {
-    use vm_memory::GuestMemoryBackend;
-
     use super::*;
 
     fn file(size: u64) -> File {
@@ -368,6 +404,25 @@ mod tests {
         assert!(map().is_err());
         fcntl(&memfd, FcntlArg::F_ADD_SEALS(SealFlag::F_SEAL_SHRINK)).unwrap();
         regions.extend((0..100).map(|_| map().unwrap()));
+    }
+
+    #[test]
+    fn memory_of_the_hypervisors_is_known_by_its_name() {
+        use nix::sys::memfd::{MFdFlags, memfd_create};
+        let stays = |file: File| {
+            file.set_len(0x2000).unwrap();
+            let table = MemoryTable::new();
+            table.add(Region::map(0, 0x1000, 0, file, 0x1000).unwrap()).unwrap();
+            let view = table.view();
+            let mapped: Vec<_> = view.mapped().collect();
+            assert_eq!((mapped.len(), mapped[0].length), (1, 0x1000));
+            let address = view.get_host_address(GuestAddress(0)).unwrap();
+            assert_eq!(mapped[0].address, address.addr());
+            mapped[0].stays
+        };
+        let memfd = |name: &std::ffi::CStr| File::from(memfd_create(name, MFdFlags::empty()).unwrap());
+        assert!(stays(memfd(GUEST_RAM)));
+        assert!(!stays(memfd(c"memory-backend-memfd")) && !stays(memfd(c"outboard-ram2")) && !stays(file(0)));
     }
 
     #[test]

@@ -20,7 +20,8 @@ impl Counter {
         self.0.load(Ordering::Relaxed)
     }
 
-    pub(crate) fn set(&self, n: u64) {
+    /// Makes it `n`.
+    pub fn set(&self, n: u64) {
         self.0.store(n, Ordering::Relaxed);
     }
 }
@@ -37,6 +38,8 @@ pub struct QueueCounters {
     pub bytes_out: Counter,
     /// Bytes that the card's own instructions copied to or from guest memory, or kept for later, once for each time.
     pub copied: Counter,
+    /// Bytes of guest memory that are registered with the kernel for this queue's transfers, now.
+    pub registered: Counter,
     /// Requests answered with an error.
     pub errors: Counter,
     /// Frames dropped.
@@ -86,6 +89,7 @@ impl QueueCounters {
             bytes_in: self.bytes_in.get(),
             bytes_out: self.bytes_out.get(),
             bytes_copied: self.copied.get(),
+            bytes_registered: self.registered.get(),
             errors: self.errors.get(),
             dropped: self.dropped.get(),
             kicks: self.kicks.get(),

@@ -39,7 +39,7 @@ use order::InOrder;
 pub use shared::QueueShared;
 
 use crate::event::Event;
-use crate::memory::MemoryTable;
+use crate::memory::{MemoryTable, View};
 
 /// Feature bits that rings bring, whatever the device.
 pub const FEATURES: u64 =
@@ -297,6 +297,11 @@ impl Ring {
             self.fail(&e);
         }
         std::mem::take(&mut self.moved)
+    }
+
+    /// The guest's memory as the ring sees it now.
+    pub fn memory(&self) -> &Arc<View> {
+        self.layout.memory()
     }
 
     /// `chain` keeps no memory but what the ring is in now. One that does is to be cleared when it has been pushed.

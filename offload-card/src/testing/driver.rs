@@ -12,7 +12,7 @@ use vm_memory::{Bytes, GuestAddress};
 
 use super::TestGuest;
 use crate::event::Event;
-use crate::memory::GuestMemory;
+use crate::memory::{GuestMemory, MemoryTable};
 use crate::ring::{InflightQueue, QueueShared, Ring, RingAddresses, RingConfig, RingError};
 
 /// A buffer of a chain.
@@ -86,6 +86,15 @@ impl DriverQueue {
 
     /// The device's side of it, in this process.
     pub fn ring(&self, inflight: Option<InflightQueue>) -> Result<(Ring, Arc<QueueShared>), RingError> {
+        self.ring_in(self.guest.table(), inflight)
+    }
+
+    /// The same in a table that may change.
+    pub fn ring_in(
+        &self,
+        memory: MemoryTable,
+        inflight: Option<InflightQueue>,
+    ) -> Result<(Ring, Arc<QueueShared>), RingError> {
         let shared = Arc::new(QueueShared::default());
         shared.set_call(Some(self.call.try_clone().expect("eventfd")));
         shared.set_error(Some(self.error.try_clone().expect("eventfd")));
@@ -96,11 +105,16 @@ impl DriverQueue {
             addresses: self.addresses,
             base: 0,
             kick: self.kick.try_clone().expect("eventfd"),
-            memory: self.guest.table(),
+            memory,
             shared: shared.clone(),
             inflight,
         })?;
         Ok((ring, shared))
+    }
+
+    /// The driver is in `guest` from now on, which has what its memory had.
+    pub fn move_to(&mut self, guest: &TestGuest) {
+        (self.memory, self.guest) = (guest.memory.clone(), guest.clone());
     }
 
     fn read<T: vm_memory::ByteValued>(&self, address: u64) -> T {

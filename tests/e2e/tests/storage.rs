@@ -140,6 +140,36 @@ fn a_vm_on_a_dead_or_hung_card_is_paused_reset_and_ended() {
     }
 }
 
+/// Around the page cache, the card holds on to the guest's pages, but not longer than its queues run: a reset takes all pages
+/// away, and what the guest reads after it is not in those that it had before.
+#[test]
+fn registered_memory_outlives_no_reset() {
+    let dir = temp_dir();
+    let card = Card::start("offload-blk", dir.path());
+    let path = image(dir.path(), "disk.img", 64 << 20);
+    let spec = BlockDeviceSpec {
+        path: path.to_str().expect("path").to_owned(),
+        queues: 2,
+        direct: true,
+        ..Default::default()
+    };
+    let device = card.create_block("disk0", spec).expect("a disk around the page cache");
+    let job = "job=blk-verify bytes=16M queues=2 qd=32 verify=mixed secs=2 timeout=60";
+    let mut vm = Vm::boot(dir.path(), config("vm", job, vec![slot("disk0", &device)]));
+    let registered = || card.queue_stats("disk0").iter().map(|q| q.bytes_registered).sum::<u64>();
+    for boot in 1..=4 {
+        vm.reports.wait_nth("boot", boot, SOON);
+        wait_until("memory to be registered", SOON, || registered() > 0);
+        if boot < 4 {
+            vm.reset().expect("reset");
+        }
+    }
+    let results = vm.reports.finish(Duration::from_secs(120));
+    assert_eq!((&results[0]["errors"], &results[0]["mismatches"]), (&0.into(), &0.into()), "{results:#?}");
+    drop(vm);
+    wait_until("it to be forgotten", SOON, || registered() == 0);
+}
+
 #[test]
 fn a_guest_that_breaks_the_rules_hurts_only_its_own_device() {
     let dir = temp_dir();

@@ -81,6 +81,7 @@ fuzz_target!(|data: &[u8]| {
         queue_size: 64,
         serial: String::new(),
         engine: IoEngine::Sync,
+        register: Default::default(),
         map_limit: Default::default(),
         poll: PollPolicy { mode: PollMode::Never, ..Default::default() },
         host: inline.clone(),

@@ -37,6 +37,7 @@ impl Disk {
             queue_size: MAX_SIZE,
             serial: "fuzz".into(),
             engine,
+            register: Default::default(),
             map_limit: Default::default(),
             poll: PollPolicy { mode: PollMode::Never, ..Default::default() },
             host,

@@ -7,7 +7,7 @@ use nix::sys::statfs::{TMPFS_MAGIC, fstatfs};
 use offload_card::event::Event;
 
 use super::*;
-use crate::io::{Backend, Begun, Op, Transfer, Used, Wakers};
+use crate::io::{Backend, Begun, Op, Register, Transfer, Used, Wakers};
 use crate::store::Store;
 use crate::worker::IoEngine;
 
@@ -35,7 +35,8 @@ impl Setup {
         let store = Store::Image(Arc::new(store));
         let wakers = Wakers { kick: Event::new().unwrap(), orders: Event::new().unwrap() };
         let seen = Arc::new(Seen::new(Arc::new(MapLimit::new(limit))));
-        let (backend, refused) = Backend::new(&store, wakers, 16, engine, Used::ByOne, &seen).unwrap();
+        let (backend, refused) =
+            Backend::new(&store, wakers, 16, engine, Used::ByOne, &seen, Register::Never).unwrap();
         assert!(refused.is_none());
         Self { file, backend, memory: vec![0; MAX_READ_BYTES + PAGE as usize] }
     }

@@ -117,6 +117,7 @@ fn run(args: &Args, started: Instant) -> anyhow::Result<ExitCode> {
             queue_size: QUEUE_SIZE,
             serial: "disk".into(),
             engine: IoEngine::Auto,
+            register: Default::default(),
             map_limit: Default::default(),
             poll: PollPolicy::default(),
             host,
