@@ -51,8 +51,13 @@ impl BlockQueue {
     /// One look at everything there may be: orders, completions, requests. Takes a batch, begins and answers what it can
     /// without waiting for the storage, except where the queue works by system calls.
     pub fn turn(&mut self) -> Progress {
+        self.turn_before_sleep(false)
+    }
+
+    /// The same; with `sleeps_next`, the caller calls [`BlockQueue::sleep`] if nothing is found and something is under way.
+    pub(crate) fn turn_before_sleep(&mut self, sleeps_next: bool) -> Progress {
         let Some(worker) = &mut self.worker else { return Progress::Ended };
-        let progress = worker.turn();
+        let progress = worker.turn(sleeps_next);
         if progress == Progress::Ended
             && let Some(worker) = self.worker.take()
         {

@@ -195,10 +195,12 @@ impl Thread {
     /// Turns each queue once. [`Progress::Ended`] if there is none.
     fn turn(&mut self) -> Progress {
         let hit = self.pacer.looks_in_vain();
+        // With several queues the sleep is another system call.
+        let sleeps_next = self.shared.is_none() && self.pacer.sleeps_next();
         let mut all = Progress::Ended;
         for place in &mut self.queues {
             let Some(queue) = place else { continue };
-            let progress = queue.turn();
+            let progress = queue.turn_before_sleep(sleeps_next);
             match progress {
                 Progress::Ended => *place = None,
                 Progress::Worked if hit => {

@@ -111,6 +111,8 @@ pub(crate) struct Worker {
     active: u16,
     /// Requests whose transfer found no room, or has to leave it to another disk's.
     full: VecDeque<u16>,
+    /// Some transfers that have begun are not handed over yet.
+    left: bool,
     /// What is under way at the storage: the slots' [`cost`].
     under_way: u32,
     /// Cost of the answers not yet shown to the driver.
@@ -166,6 +168,7 @@ impl Worker {
             spare_ranges: Vec::with_capacity(if null { 0 } else { MAX_RANGES }),
             active: 0,
             full: VecDeque::with_capacity(size),
+            left: false,
             under_way: 0,
             unpublished: 0,
             write: Op::Write,
@@ -177,8 +180,9 @@ impl Worker {
         &self.ring
     }
 
-    /// One look at everything, without waiting.
-    pub(crate) fn turn(&mut self) -> Progress {
+    /// One look at everything, without waiting. With `sleeps_next`, if it finds nothing and something is under way, a sleep
+    /// follows.
+    pub(crate) fn turn(&mut self, sleeps_next: bool) -> Progress {
         while !self.stopping && self.orders.pending() {
             match self.orders.take() {
                 Order::Some(QueueOrder::Stop) | Order::Closed => self.stopping = true,
@@ -198,8 +202,11 @@ impl Worker {
         }
         let completed = self.take_completions();
         let taken = self.take_requests();
-        if let Err(e) = self.backend.poll() {
-            self.lost(&e);
+        // What has just been begun is left to the sleep's system call if nothing more comes.
+        let leave = sleeps_next && !(self.left && (completed || taken));
+        match self.backend.poll(leave) {
+            Ok(left) => self.left = left,
+            Err(e) => self.lost(&e),
         }
         self.publish();
         self.meter.settle(&self.ring);

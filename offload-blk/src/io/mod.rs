@@ -226,11 +226,12 @@ impl Backend {
         }
     }
 
-    /// Begins what was held back, without waiting.
-    pub(crate) fn poll(&mut self) -> io::Result<()> {
+    /// Begins what was held back, without waiting; with `leave`, only if that costs nothing. True if some is left, for the next
+    /// time or for [`Backend::wait`].
+    pub(crate) fn poll(&mut self, leave: bool) -> io::Result<bool> {
         match self {
-            Self::Null(_) | Self::Calls(..) => Ok(()),
-            Self::Uring(uring) => uring.poll(),
+            Self::Null(_) | Self::Calls(..) => Ok(false),
+            Self::Uring(uring) => uring.poll(leave),
         }
     }
 
@@ -254,7 +255,7 @@ impl Backend {
     pub(crate) fn woken(&mut self) -> io::Result<()> {
         match self {
             Self::Null(waiter) | Self::Calls(waiter, _) => waiter.wait(Some(Duration::ZERO)),
-            Self::Uring(uring) => uring.poll(),
+            Self::Uring(uring) => uring.poll(false).map(drop),
         }
     }
 
@@ -333,6 +334,42 @@ mod tests {
         // To wait by epoll is refused, too: nothing is left.
         for engine in [IoEngine::IoUring, IoEngine::Auto] {
             assert_eq!(refused(engine).unwrap_err().raw_os_error(), Some(libc::EBADF), "{engine:?}");
+        }
+    }
+
+    /// A transfer that is held back when the guest's memory changes names what was registered then.
+    #[test]
+    fn what_is_held_back_outlives_a_change_of_memory() {
+        use vm_memory::{GuestAddress, GuestMemoryBackend};
+        let (_file, store) = image();
+        let seen = Arc::new(Seen::new(Arc::default()));
+        let made = Backend::new(&store, wakers(), 8, IoEngine::IoUring, Used::ByOne, &seen, Register::AtOnce);
+        let mut backend = made.unwrap().0;
+        let guests = [(); 3].map(|()| offload_card::testing::TestGuest::new(1 << 20));
+        for guest in &guests {
+            backend.use_memory(&guest.table().view());
+            let iov_base = guest.memory.get_host_address(GuestAddress(0x1000)).unwrap().cast();
+            let iovecs = [libc::iovec { iov_base, iov_len: 512 }];
+            let transfer = Transfer {
+                op: Op::Read,
+                offset: 0,
+                formatted: false,
+                length: 0,
+                iovecs: &iovecs,
+                unaligned: false,
+            };
+            // SAFETY: `guests` and `iovecs` are there until it is done.
+            assert_eq!(unsafe { backend.begin(7, &transfer) }, Begun::Pending);
+            assert_eq!(backend.registered_bytes(), 512 << 10);
+            assert!(backend.poll(true).unwrap(), "it is left");
+            backend.use_memory(&guests[0].table().view());
+            assert_eq!(backend.registered_bytes(), 0);
+            let mut done = None;
+            while done.is_none() {
+                backend.wait(None).unwrap();
+                done = backend.completion();
+            }
+            assert_eq!(done, Some((7, 512)));
         }
     }
 

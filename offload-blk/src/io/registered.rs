@@ -87,6 +87,11 @@ impl Registered {
         self.bytes
     }
 
+    /// Nothing is looked up until the guest's memory is known anew.
+    pub(super) fn suspend(&mut self) {
+        self.areas.clear();
+    }
+
     /// The guest's memory is `view` from now on: nothing of another one is used any more. What is under way stays valid.
     pub(super) fn use_memory(&mut self, submitter: &Submitter<'_>, view: &Arc<View>) {
         let had_table = self.table;

@@ -67,6 +67,8 @@ pub(crate) struct Uring {
     write_here: bool,
     pub(super) cached: Cached,
     pub(super) registered: Registered,
+    /// To be registered from, when nothing is left to be handed over.
+    memory: Option<Arc<View>>,
 }
 
 impl Uring {
@@ -97,6 +99,7 @@ impl Uring {
             ring,
             cached: Cached::new(seen.clone()),
             registered: Registered::new(register),
+            memory: None,
             image,
             formatted,
             wakers,
@@ -261,14 +264,19 @@ impl Uring {
         }
     }
 
-    /// Hands over what was held back, and has completions posted that wait for that.
-    pub(super) fn poll(&mut self) -> io::Result<()> {
+    /// Hands over what was held back, unless that is to be left, and has completions posted that wait for that. True if
+    /// something is left.
+    pub(super) fn poll(&mut self, leave: bool) -> io::Result<bool> {
+        if self.memory.is_some() {
+            self.follow_memory();
+        }
         let queue = self.ring.submission();
-        if queue.is_empty() && !queue.taskrun() && !queue.cq_overflow() {
-            return Ok(());
+        let left = leave && !queue.is_empty();
+        if (left || queue.is_empty()) && !queue.taskrun() && !queue.cq_overflow() {
+            return Ok(left);
         }
         drop(queue);
-        entered(self.ring.submit())
+        entered(self.ring.submit()).map(|()| false)
     }
 
     /// Hands over what was held back, and waits for whatever comes, for at most `timeout`.
@@ -284,7 +292,21 @@ impl Uring {
 
     /// The guest's memory, from now on.
     pub(super) fn use_memory(&mut self, view: &Arc<View>) {
-        self.registered.use_memory(&self.ring.submitter(), view);
+        self.registered.suspend();
+        self.memory = Some(view.clone());
+        self.follow_memory();
+    }
+
+    /// What has not been handed over yet may name registered memory by its number, and has to be before numbers change.
+    #[cold]
+    fn follow_memory(&mut self) {
+        // Why it fails will be seen when it is tried again.
+        let _ = self.ring.submit();
+        if self.ring.submission().is_empty()
+            && let Some(view) = self.memory.take()
+        {
+            self.registered.use_memory(&self.ring.submitter(), &view);
+        }
     }
 
     /// Can be read when a wait would end.

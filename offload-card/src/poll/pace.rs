@@ -149,6 +149,15 @@ impl Pacer {
         self.policy.mode != PollMode::Always
     }
 
+    /// A look that finds nothing but what the host is asked for is followed by a sleep, and not by another look.
+    pub fn sleeps_next(&self) -> bool {
+        match self.policy.mode {
+            PollMode::Never => true,
+            PollMode::Adaptive => self.windows[Awaited::Completions as usize].is_zero(),
+            PollMode::Always => false,
+        }
+    }
+
     /// A look found work.
     pub fn worked(&mut self) {
         self.forget();
@@ -314,6 +323,20 @@ mod tests {
             thread.gap(20 * US);
         }
         assert_eq!(thread.sleeps, 1);
+    }
+
+    #[test]
+    fn a_thread_knows_when_it_will_not_look_for_completions() {
+        let mut thread = Thread::new(PollMode::Adaptive);
+        assert!(thread.pacer.sleeps_next());
+        thread.gap_of(Awaited::Completions, 5 * US);
+        assert!(!thread.pacer.sleeps_next());
+        for _ in 0..5 {
+            thread.gap_of(Awaited::Completions, 1000 * US);
+        }
+        assert!(thread.pacer.sleeps_next());
+        assert!(Thread::new(PollMode::Never).pacer.sleeps_next());
+        assert!(!Thread::new(PollMode::Always).pacer.sleeps_next());
     }
 
     #[test]

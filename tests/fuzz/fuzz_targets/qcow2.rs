@@ -11,7 +11,7 @@ use fuzz::PATIENCE;
 use fuzz::input::Input;
 use fuzz::memfd::{memfd, path};
 use libfuzzer_sys::fuzz_target;
-use offload_blk::{BlockDevice, DiskConfig, Inline, IoEngine, Store};
+use offload_blk::{BlockDevice, DiskConfig, Inline, IoEngine, Register, Store};
 use offload_card::Device;
 use offload_card::poll::{PollMode, PollPolicy};
 use offload_card::ring::FEATURES;
@@ -81,7 +81,7 @@ fuzz_target!(|data: &[u8]| {
         queue_size: 64,
         serial: String::new(),
         engine: IoEngine::Sync,
-        register: Default::default(),
+        register: Register::AtOnce,
         map_limit: Default::default(),
         poll: PollPolicy { mode: PollMode::Never, ..Default::default() },
         host: inline.clone(),

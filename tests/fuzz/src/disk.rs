@@ -4,7 +4,7 @@ use std::fs::File;
 use std::sync::Arc;
 use std::time::Instant;
 
-use offload_blk::{BlockDevice, DiskConfig, Image, Inline, IoEngine, QueueHost, Store, Threads};
+use offload_blk::{BlockDevice, DiskConfig, Image, Inline, IoEngine, QueueHost, Register, Store, Threads};
 use offload_card::Device;
 use offload_card::poll::{PollMode, PollPolicy};
 
@@ -37,7 +37,7 @@ impl Disk {
             queue_size: MAX_SIZE,
             serial: "fuzz".into(),
             engine,
-            register: Default::default(),
+            register: Register::AtOnce,
             map_limit: Default::default(),
             poll: PollPolicy { mode: PollMode::Never, ..Default::default() },
             host,
