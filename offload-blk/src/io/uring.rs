@@ -186,27 +186,29 @@ impl Uring {
         let file = Fd(file.as_raw_fd());
         let (offset, iovecs) = (transfer.offset, transfer.iovecs);
         let (first, count) = (iovecs.as_ptr(), iovecs.len() as u32);
-        let buffer = match iovecs {
-            [one] => self.registered.buffer(&self.ring.submitter(), one),
-            _ => None,
-        };
+        let flags = if transfer.op == Op::WriteThrough { libc::RWF_DSYNC } else { 0 };
         let entry = match (transfer.op, iovecs) {
-            (Op::Read, [one]) => match buffer {
+            (Op::Read, [one]) => match self.registered.buffer(&self.ring.submitter(), one) {
                 Some(buffer) => opcode::ReadFixed::new(file, one.iov_base.cast(), length(one), buffer)
                     .offset(offset)
                     .build(),
                 None => opcode::Read::new(file, one.iov_base.cast(), length(one)).offset(offset).build(),
             },
             (Op::Read, _) => opcode::Readv::new(file, first, count).offset(offset).build(),
-            (Op::Write, [one]) => match buffer {
-                Some(buffer) => opcode::WriteFixed::new(file, one.iov_base.cast(), length(one), buffer)
-                    .offset(offset)
-                    .build(),
-                None => opcode::Write::new(file, one.iov_base.cast(), length(one)).offset(offset).build(),
-            },
-            (Op::Write, _) => opcode::Writev::new(file, first, count).offset(offset).build(),
-            (Op::WriteThrough, _) => {
-                opcode::Writev::new(file, first, count).offset(offset).rw_flags(libc::RWF_DSYNC).build()
+            (Op::Write | Op::WriteThrough, [one]) => {
+                match self.registered.buffer(&self.ring.submitter(), one) {
+                    Some(buffer) => opcode::WriteFixed::new(file, one.iov_base.cast(), length(one), buffer)
+                        .offset(offset)
+                        .rw_flags(flags)
+                        .build(),
+                    None => opcode::Write::new(file, one.iov_base.cast(), length(one))
+                        .offset(offset)
+                        .rw_flags(flags)
+                        .build(),
+                }
+            }
+            (Op::Write | Op::WriteThrough, _) => {
+                opcode::Writev::new(file, first, count).offset(offset).rw_flags(flags).build()
             }
             (Op::Punch | Op::Zero | Op::Discard, _) => opcode::Fallocate::new(file, transfer.length)
                 .offset(offset)

@@ -6,12 +6,14 @@ check "network create makes the TAP" outboard network create lab --tap outboard0
 check "the TAP has the host's address" grep -q 10.88.0.1/24 <(ip -brief address show dev outboard0)
 blank data 256M
 blank flood 256M
+blank direct 64M
 # A file system made on the host, under a disk that the guest gets on top of it.
 truncate -s 192M "$disks/golden.img" && mkfs.ext4 -qF -L golden -d /usr/share/common-licenses "$disks/golden.img"
 qemu-img create -q -f qcow2 -F raw -b golden.img "$disks/layer.qcow2"
 chown outboard-blk: "$disks/golden.img" "$disks/layer.qcow2"
 record /out/events.txt outboard vm events --output json
-check "vm create web" create web --disk "path=$disks/data.img" --disk "path=$disks/layer.qcow2,format=qcow2,id=layer"
+check "vm create web" create web --disk "path=$disks/data.img" --disk "path=$disks/layer.qcow2,format=qcow2,id=layer" \
+  --disk "path=$disks/direct.img,direct,id=direct"
 check "vm create db" create db --disk "path=$disks/flood.img"
 for name in web db; do record "/out/console-$name.txt" outboard vm console "$name"; done
 check "vm show says it is running" state_is web running

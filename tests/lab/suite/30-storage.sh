@@ -5,6 +5,11 @@
 fio="fio --name=verify --filename=/dev/vdb --direct=1 --ioengine=libaio --iodepth=16 --verify=crc32c --verify_fatal=1 --do_verify=1"
 check "fio verifies random writes of mixed sizes" guest web "$fio --rw=randwrite --bsrange=512-64k --size=24M"
 check "fio verifies sequential writes" guest web "$fio --rw=write --bs=128k --size=64M"
+check "fio verifies around the page cache" guest web "${fio/vdb/vdd} --rw=randwrite --bs=4k --size=24M"
+registered() {
+  outboard vm stats web --output json | jq '[.devices[] | select(.id == "direct") | .queues[].bytes_registered] | add' | grep '[1-9]'
+}
+check "with guest memory that is registered" registered
 # shellcheck disable=SC2016 # expanded in the guest
 file_system() {
   guest web 'mkfs.ext4 -qF /dev/vdb && mount /dev/vdb /mnt && cp -a /usr/bin /mnt/ && sync && umount /mnt &&
