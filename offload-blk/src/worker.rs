@@ -202,8 +202,9 @@ impl Worker {
         }
         let completed = self.take_completions();
         let taken = self.take_requests();
-        // What has just been begun is left to the sleep's system call if nothing more comes.
-        let leave = sleeps_next && !(self.left && (completed || taken));
+        // A request alone is left to the sleep's system call if nothing more comes: one call for it instead of two. Among others
+        // that is not worth a delay.
+        let leave = sleeps_next && self.active == 1 && !(self.left && (completed || taken));
         match self.backend.poll(leave) {
             Ok(left) => self.left = left,
             Err(e) => self.lost(&e),
