@@ -30,7 +30,8 @@ pub enum Register {
     AtOnce,
 }
 
-/// Smallest chunk, as a power of two: 512 KiB. Registering one takes the time of some 30 requests if its pages are there.
+/// Smallest chunk, as a power of two: 512 KiB. Registering one takes 8 µs, what 17 requests save, if its pages are there, and
+/// 0.3 ms if the kernel has yet to find them.
 const CHUNK_LOG2: u32 = 19;
 /// Most chunks of a queue, as many as the kernel takes. Larger memory has larger chunks.
 const MAX_CHUNKS: usize = 1 << 14;
