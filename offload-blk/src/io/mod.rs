@@ -315,6 +315,11 @@ mod tests {
         )
     }
 
+    /// A read of the image's beginning.
+    fn read(iovecs: &[libc::iovec]) -> Transfer<'_> {
+        Transfer { op: Op::Read, offset: 0, formatted: false, length: 0, iovecs, unaligned: false }
+    }
+
     fn wakers() -> Wakers {
         Wakers { kick: Event::new().unwrap(), orders: Event::new().unwrap() }
     }
@@ -350,14 +355,7 @@ mod tests {
             backend.use_memory(&guest.table().view());
             let iov_base = guest.memory.get_host_address(GuestAddress(0x1000)).unwrap().cast();
             let iovecs = [libc::iovec { iov_base, iov_len: 512 }];
-            let transfer = Transfer {
-                op: Op::Read,
-                offset: 0,
-                formatted: false,
-                length: 0,
-                iovecs: &iovecs,
-                unaligned: false,
-            };
+            let transfer = read(&iovecs);
             // SAFETY: `guests` and `iovecs` are there until it is done.
             assert_eq!(unsafe { backend.begin(7, &transfer) }, Begun::Pending);
             assert_eq!(backend.registered_bytes(), 512 << 10);
@@ -381,14 +379,7 @@ mod tests {
         assert!(refused.is_none());
         let mut memory = [0u8; 512];
         let iovecs = [libc::iovec { iov_base: memory.as_mut_ptr().cast(), iov_len: 512 }];
-        let transfer = Transfer {
-            op: Op::Read,
-            offset: 0,
-            formatted: false,
-            length: 0,
-            iovecs: &iovecs,
-            unaligned: false,
-        };
+        let transfer = read(&iovecs);
         let (mut begun, mut done) = (0u16, 0);
         for tag in 0..200 {
             // SAFETY: `memory` and `iovecs` are there until all are done.

@@ -302,8 +302,10 @@ impl Uring {
     /// What has not been handed over yet may name registered memory by its number, and has to be before numbers change.
     #[cold]
     fn follow_memory(&mut self) {
-        // Why it fails will be seen when it is tried again.
-        let _ = self.ring.submit();
+        if !self.ring.submission().is_empty() {
+            // Why it fails will be seen when it is tried again.
+            let _ = self.ring.submit();
+        }
         if self.ring.submission().is_empty()
             && let Some(view) = self.memory.take()
         {
