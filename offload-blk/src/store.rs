@@ -72,6 +72,24 @@ impl Store {
         }
     }
 
+    /// What it is on.
+    pub(crate) fn file(&self) -> Option<&Arc<Image>> {
+        match self {
+            Self::Image(image) => Some(image),
+            Self::Qcow2(qcow2) => Some(qcow2.0.image()),
+            Self::Null(_) => None,
+        }
+    }
+
+    /// Where byte `offset` of the disk is in [`Store::file`], if that is known.
+    pub(crate) fn place(&self, offset: u64) -> Option<u64> {
+        match self {
+            Self::Image(_) => Some(offset),
+            Self::Qcow2(qcow2) => qcow2.0.run(offset, 1).map(|(place, _)| place),
+            Self::Null(_) => None,
+        }
+    }
+
     /// How data can be done away with.
     pub(crate) fn erases(&self) -> Erases {
         match self {

@@ -134,7 +134,7 @@ impl Worker {
         mut backend: Backend,
     ) -> Self {
         let null = matches!(disk.store, Store::Null(_));
-        let mapped = matches!(&disk.store, Store::Image(image) if !image.direct());
+        let mapped = disk.store.file().is_some_and(|image| !image.direct());
         if !null {
             ring.look_ahead();
         }
@@ -390,8 +390,11 @@ impl Worker {
         self.active += 1;
         self.slow += u16::from(op.is_slow());
         self.meter.taken(head);
-        if self.mapped && op == Op::Read {
-            self.backend.expect_read(offset);
+        if self.mapped
+            && op == Op::Read
+            && let Some(place) = self.disk.store.place(offset)
+        {
+            self.backend.expect_read(place);
         }
         self.begun.push(head);
         if self.begun.len() == TOGETHER {
