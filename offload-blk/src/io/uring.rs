@@ -6,6 +6,9 @@
 //! system call. A thread with several rings waits for all of them by epoll, which does not hear of completions that wait
 //! to be asked for; theirs are posted as soon as the thread is in the kernel (COOP_TASKRUN), and end its wait.
 //!
+//! A sleep with many writes around the page cache under way is for several of them: each is completed by a kernel thread that the
+//! queue's thread would interrupt, for one completion at a time.
+//!
 //! The image is not registered with the ring. The kernel takes a ring down in its own time, tens of milliseconds after its
 //! process was killed, and keeps registered files open, and locked, until then: guests would wait for that. An image that
 //! is not registered is kept by the transfers under way, and no longer.
@@ -32,7 +35,8 @@ use super::{Begun, Completion, Op, Target, Transfer, Used, Wakers, calls};
 use crate::image::Image;
 use crate::qcow2::{Mailbox, Qcow2, Work};
 
-// Above all tags.
+// Above all tags, which have 16 bits.
+const GATHERED: u64 = 1 << 16;
 const KICK: u64 = 1 << 32;
 const ORDERS: u64 = 2 << 32;
 const FORMATTED: u64 = 3 << 32;
@@ -40,6 +44,15 @@ const FORMATTED: u64 = 3 << 32;
 /// Transfers handed over by one system call. Many would save calls, but the storage has nothing to do while they are gathered,
 /// and then all at once: with 32 requests of 4 KiB under way, batches of 2 to 4 gave a tenth more than batches of 32.
 const AT_ONCE: usize = 4;
+/// [`Uring::gathered`] writes under way for each completion that a sleep is for.
+const UNDER_WAY: usize = 8;
+/// Most completions that a sleep is for: what they bring is handed over at once.
+const MOST_AWAITED: usize = AT_ONCE;
+/// Longest sleep for several completions. The kernel looks at its clock before that anyway; for a shorter time it would set a timer, which
+/// costs as much as several completions.
+const PATIENCE: Duration = Duration::from_millis(10);
+/// Sleeps for any completion that follow on one for several that found fewer: the storage is slow then.
+const HASTE: u32 = 1000;
 /// Longest write into the page cache that the queue's thread does itself, in bytes.
 const WRITE_HERE_BYTES: usize = 64 * 1024;
 /// How long the host is given to find memory for a system call that failed for lack of it.
@@ -69,6 +82,13 @@ pub(crate) struct Uring {
     pub(super) registered: Registered,
     /// To be registered from, when nothing is left to be handed over.
     memory: Option<Arc<View>>,
+    /// Writes under way that go to a file around the page cache. The kernel (Linux 6.7 and later) completes them one by one in a
+    /// thread of its own, on the processor that the queue's thread handed them over from: woken for the first, it would take the
+    /// processor from those that follow.
+    gathered: usize,
+    gathers: bool,
+    /// Sleeps that are for any completion.
+    haste: u32,
 }
 
 impl Uring {
@@ -100,6 +120,9 @@ impl Uring {
             cached: Cached::new(seen.clone()),
             registered: Registered::new(register),
             memory: None,
+            gathered: 0,
+            gathers: image.direct() && !image.geometry().block_device,
+            haste: 0,
             image,
             formatted,
             wakers,
@@ -216,10 +239,13 @@ impl Uring {
                 .build(),
             (Op::Sync, _) => opcode::Fsync::new(file).flags(FsyncFlags::DATASYNC).build(),
         };
+        let gathered = self.gathers && transfer.op == Op::Write && !transfer.unaligned;
+        let token = u64::from(tag) | if gathered { GATHERED } else { 0 };
         // SAFETY: the caller keeps what the entry points to until the completion is taken, and `image` the file.
-        if !unsafe { self.push(&entry.user_data(u64::from(tag))) } {
+        if !unsafe { self.push(&entry.user_data(token)) } {
             return Begun::Full;
         }
+        self.gathered += usize::from(gathered);
         if self.ring.submission().len() >= AT_ONCE {
             // Why it fails will be seen when it is tried again.
             let _ = self.ring.submit();
@@ -281,15 +307,29 @@ impl Uring {
         entered(self.ring.submit()).map(|()| false)
     }
 
-    /// Hands over what was held back, and waits for whatever comes, for at most `timeout`.
+    /// Hands over what was held back, and waits for whatever comes, for at most `timeout`; without one, for several completions
+    /// if there are many to come and that does not take long.
     pub(super) fn wait(&mut self, timeout: Option<Duration>) -> io::Result<()> {
-        entered(match timeout {
+        let wanted = if timeout.is_none() { self.wanted() } else { 1 };
+        self.haste = self.haste.saturating_sub(1);
+        let patience = (wanted > 1).then_some(PATIENCE);
+        let result = match timeout.or(patience) {
             None => self.ring.submit_and_wait(1),
             Some(timeout) => {
                 let timeout = Timespec::from(timeout);
-                self.ring.submitter().submit_with_args(1, &SubmitArgs::new().timespec(&timeout))
+                self.ring.submitter().submit_with_args(wanted, &SubmitArgs::new().timespec(&timeout))
             }
-        })
+        };
+        // The kernel does not say so if it was handed something over.
+        if self.ring.completion().len() < wanted && patience.is_some() {
+            self.haste = HASTE;
+        }
+        entered(result)
+    }
+
+    /// How many completions, kicks and orders a sleep is for.
+    fn wanted(&self) -> usize {
+        if self.haste > 0 { 1 } else { (self.gathered / UNDER_WAY).clamp(1, MOST_AWAITED) }
     }
 
     /// The guest's memory, from now on.
@@ -341,7 +381,10 @@ impl Uring {
                         self.watch_again(token, entry.result());
                     }
                 }
-                tag => return Some((tag as u16, entry.result())),
+                token => {
+                    self.gathered -= usize::from(token & GATHERED != 0);
+                    return Some((token as u16, entry.result()));
+                }
             }
         }
     }
@@ -382,4 +425,93 @@ fn build(entries: u32, used: Used) -> io::Result<IoUring> {
 /// Length of a buffer; the kernel takes no more than this at a time, and the rest is asked for again.
 fn length(iovec: &libc::iovec) -> u32 {
     u32::try_from(iovec.iov_len).unwrap_or(u32::MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Instant;
+
+    use offload_card::event::Event;
+
+    use super::*;
+
+    /// A queue with room for so many transfers on a file of so many pages, which it takes for one around the page cache.
+    fn gathering(pages: u16) -> (tempfile::NamedTempFile, Event, Uring) {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        file.as_file().set_len(u64::from(pages) << 12).unwrap();
+        let image = Image::open(file.path().to_str().unwrap(), false, false).unwrap();
+        let (kick, orders) = (Event::new().unwrap(), Event::new().unwrap());
+        let wakers = Wakers { kick: kick.try_clone().unwrap(), orders };
+        let (target, seen) =
+            (Target { image: Arc::new(image), qcow2: None }, Arc::new(Seen::new(Arc::default())));
+        let mut uring =
+            Uring::new(target, wakers, pages, false, Used::ByOne, &seen, Register::Never).unwrap();
+        uring.gathers = true;
+        (file, kick, uring)
+    }
+
+    #[test]
+    fn a_sleep_is_for_a_part_of_the_writes_under_way() {
+        let (_file, _kick, mut uring) = gathering(64);
+        let mut page = [7u8; 4096];
+        let iovecs = [libc::iovec { iov_base: page.as_mut_ptr().cast(), iov_len: page.len() }];
+        let begin = |uring: &mut Uring, op, count: u16| {
+            for tag in 0..count {
+                let offset = u64::from(tag) << 12;
+                let transfer =
+                    Transfer { op, offset, formatted: false, length: 0, iovecs: &iovecs, unaligned: false };
+                // SAFETY: `page` and `iovecs` are there until all are done.
+                assert_eq!(unsafe { uring.begin(tag, &transfer) }, Begun::Pending);
+            }
+        };
+        let end = |uring: &mut Uring, count| {
+            let mut left = count;
+            while left > 0 {
+                uring.wait(None).unwrap();
+                while let Some((_, result)) = uring.completion() {
+                    assert_eq!(result, 4096);
+                    left -= 1;
+                }
+            }
+            // The machine may be busy.
+            uring.haste = 0;
+            assert_eq!((uring.gathered, uring.wanted()), (0, 1));
+        };
+        for (writes, wanted) in [(0, 1), (1, 1), (15, 1), (16, 2), (31, 3), (32, 4), (64, 4)] {
+            begin(&mut uring, Op::Write, writes);
+            assert_eq!((uring.gathered, uring.wanted()), (writes.into(), wanted));
+            end(&mut uring, writes);
+        }
+        for op in [Op::Read, Op::WriteThrough] {
+            begin(&mut uring, op, 64);
+            assert_eq!((uring.gathered, uring.wanted()), (0, 1), "{op:?}");
+            end(&mut uring, 64);
+        }
+    }
+
+    /// Of 32 writes none is going to be complete soon.
+    #[test]
+    fn slow_storage_holds_up_what_is_done_for_a_moment_and_not_again_soon() {
+        let (_file, kick, mut uring) = gathering(64);
+        uring.gathered = 32;
+        let sleep = |uring: &mut Uring, timeout| {
+            kick.signal();
+            let since = Instant::now();
+            uring.wait(timeout).unwrap();
+            let slept = since.elapsed();
+            assert_eq!(uring.completion(), None);
+            assert_eq!(std::mem::take(&mut uring.kicks), 1);
+            slept
+        };
+        // It has its own end, and says nothing of the storage.
+        sleep(&mut uring, Some(Duration::from_millis(1)));
+        assert_eq!((uring.wanted(), uring.haste), (4, 0));
+        assert!(sleep(&mut uring, None) >= PATIENCE);
+        for left in (0..HASTE).rev() {
+            assert_eq!(uring.wanted(), 1);
+            sleep(&mut uring, None);
+            assert_eq!(uring.haste, left);
+        }
+        assert_eq!(uring.wanted(), 4);
+    }
 }
