@@ -11,7 +11,7 @@ use proto::v1::ErrorReason;
 use tonic::Code;
 use tracing::{Span, warn};
 
-use crate::io::{Backend, Used, Wakers};
+use crate::io::{Backend, IoRing, Used, Wakers};
 use crate::worker::{Disk, QueueOrder, Worker};
 
 /// What a [`BlockQueue::turn`] found.
@@ -151,15 +151,17 @@ impl QueueStart {
         self.open_as(Used::ByAny)
     }
 
-    /// Makes the queue, to be used by the calling thread only, which has others beside it and waits for all of them.
+    /// Makes the queue, to be used by the calling thread only, which has others beside it and waits for all of them: for `ring`, if
+    /// there is one, which the first of them makes.
     ///
     /// # Errors
     /// As [`QueueStart::open`].
-    pub(crate) fn open_among_others(self) -> Result<BlockQueue, Error> {
-        self.open_as(Used::AmongOthers)
+    pub(crate) fn open_among_others(self, ring: &mut Option<IoRing>) -> Result<BlockQueue, Error> {
+        let queues = self.queues;
+        self.open_as(Used::AmongOthers(ring, queues))
     }
 
-    fn open_as(self, used: Used) -> Result<BlockQueue, Error> {
+    fn open_as(self, used: Used<'_>) -> Result<BlockQueue, Error> {
         let Self { disk, name, ring, orders, ended, .. } = self;
         let index = ring.index();
         let wakers = || -> io::Result<Wakers> {

@@ -14,6 +14,7 @@ use offload_card::schedule::{self, Turn};
 use proto::error::Error;
 use tracing::{Span, error};
 
+use crate::io::IoRing;
 use crate::queue::{BlockQueue, Progress, QueueHost, QueueStart, host_error};
 use crate::worker::Worker;
 
@@ -23,7 +24,7 @@ const STACK_BYTES: usize = 256 * 1024;
 const JOINING: u64 = u64::MAX;
 
 /// Threads of a disk: one per queue, or, if those were more than the processors that they may use, one per processor, each
-/// with several queues. Two threads on one processor would take turns as the scheduler pleases, and a queue would wait as long.
+/// with several queues and one io_uring for them. Two threads on one processor would take turns as the scheduler pleases, and a queue would wait as long.
 #[derive(Debug, Default)]
 pub struct Threads {
     shared: Arc<Mutex<Teams>>,
@@ -83,8 +84,7 @@ impl QueueHost for Threads {
     }
 }
 
-/// What a thread with several queues waits with. One that is alone in its thread waits in its own way, which takes a system
-/// call less.
+/// How a thread with several queues gets more of them, and what it waits with if they have no ring.
 struct Shared {
     name: u16,
     teams: Arc<Mutex<Teams>>,
@@ -119,11 +119,13 @@ struct Thread {
     pacer: Pacer,
     queues: Vec<Option<BlockQueue>>,
     shared: Option<Shared>,
+    /// Of all of them, if there can be several and they work by io_uring.
+    ring: Option<IoRing>,
 }
 
 impl Thread {
     fn new(policy: PollPolicy, span: Span, shared: Option<Shared>) -> Self {
-        Self { policy, span, pacer: Pacer::new(policy), queues: Vec::new(), shared }
+        Self { policy, span, pacer: Pacer::new(policy), queues: Vec::new(), shared, ring: None }
     }
 
     /// Turns `first`, and those that join, until all have ended: the thread's main function.
@@ -176,11 +178,13 @@ impl Thread {
         let place = self.queues.iter().position(Option::is_none).unwrap_or(self.queues.len());
         let queue = match &self.shared {
             None => queue.open(),
-            Some(shared) => queue.open_among_others().and_then(|mut queue| {
-                let watched =
-                    queue.worker().map(|worker| shared.poller.add_level(worker.waits_on(), place as u64));
+            Some(shared) => queue.open_among_others(&mut self.ring).and_then(|mut queue| {
+                let watched = match (queue.worker().and_then(|worker| worker.waits_on()), &self.ring) {
+                    (Some(fd), _) => shared.poller.add_level(fd, place as u64),
+                    (None, Some(ring)) => ring.watch(shared.joining.event()),
+                    (None, None) => Ok(()),
+                };
                 watched
-                    .unwrap_or(Ok(()))
                     .map_err(|e| host_error(&disk, index, "its thread cannot wait for it", &e))
                     .map(|()| queue)
             }),
@@ -195,8 +199,7 @@ impl Thread {
     /// Turns each queue once. [`Progress::Ended`] if there is none.
     fn turn(&mut self) -> Progress {
         let hit = self.pacer.looks_in_vain();
-        // With several queues the sleep is another system call.
-        let sleeps_next = self.shared.is_none() && self.pacer.sleeps_next();
+        let sleeps_next = self.pacer.sleeps_next();
         let mut all = Progress::Ended;
         for place in &mut self.queues {
             let Some(queue) = place else { continue };
@@ -211,6 +214,10 @@ impl Thread {
                 Progress::Worked | Progress::Waiting | Progress::Throttled | Progress::Idle => {}
             }
             all = more(all, progress);
+        }
+        if all == Progress::Ended {
+            // What is registered of a guest's memory is not for the next.
+            self.ring = None;
         }
         all
     }
@@ -237,9 +244,14 @@ impl Thread {
             return;
         }
         self.workers().for_each(|worker| worker.ring().counters().sleeps.add(1));
-        let Self { shared: Some(shared), queues, .. } = self else { return };
-        match shared.poller.wait(timeout) {
+        let Self { shared: Some(shared), queues, ring, .. } = self else { return };
+        let waited = match ring {
+            Some(ring) => ring.wait(timeout).map(|()| None),
+            None => shared.poller.wait(timeout).map(Some),
+        };
+        match waited {
             Ok(tokens) => {
+                let tokens = tokens.into_iter().flatten();
                 for token in tokens.filter(|token| *token != JOINING) {
                     if let Some(Some(queue)) = queues.get_mut(token as usize)
                         && let Some(worker) = queue.worker()

@@ -274,8 +274,8 @@ impl Worker {
         true
     }
 
-    /// What a thread with several queues waits for: it can be read when there is something for this one.
-    pub(crate) fn waits_on(&self) -> BorrowedFd<'_> {
+    /// What a thread with several queues waits for: it can be read when there is something for this one. `None`: the thread's ring.
+    pub(crate) fn waits_on(&self) -> Option<BorrowedFd<'_>> {
         self.backend.waits_on()
     }
 

@@ -3,6 +3,7 @@
 mod cached;
 mod calls;
 mod registered;
+mod ring;
 mod uring;
 mod waiter;
 
@@ -17,6 +18,7 @@ use offload_card::memory::View;
 pub use cached::MapLimit;
 pub(crate) use cached::Seen;
 pub use registered::Register;
+pub(crate) use ring::IoRing;
 use uring::Uring;
 use waiter::Waiter;
 
@@ -142,14 +144,14 @@ pub(crate) fn erase_now(image: &Image, op: Op, offset: u64, length: u64) -> io::
 }
 
 /// Which thread uses a [`Backend`].
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Used {
+pub(crate) enum Used<'a> {
     /// Any, one at a time.
     ByAny,
     /// The one that makes it, which waits by [`Backend::wait`].
     ByOne,
-    /// The one that makes it, which has others, and waits for all of them by [`Backend::waits_on`].
-    AmongOthers,
+    /// The one that makes it, which has up to so many in all, in one ring, which the first of them makes. It waits for that, and if there
+    /// is none, for all of them by [`Backend::waits_on`].
+    AmongOthers(&'a mut Option<IoRing>, u16),
 }
 
 /// A way to do I/O. One per queue, used by its thread only.
@@ -171,18 +173,39 @@ impl Backend {
         wakers: Wakers,
         depth: u16,
         engine: IoEngine,
-        used: Used,
+        used: Used<'_>,
         seen: &Arc<Seen>,
         register: Register,
     ) -> io::Result<(Self, Option<io::Error>)> {
         let Some(target) = Target::of(store) else { return Ok((Self::Null(Waiter::new(wakers)?), None)) };
         let mut refused = None;
-        if used != Used::ByAny && engine != IoEngine::Sync {
+        if engine != IoEngine::Sync {
+            let image = &target.image;
+            // What is copied from or to the page cache costs the same either way.
+            let register =
+                if image.direct() || register == Register::AtOnce { register } else { Register::Never };
+            // One entry per transfer and three for the polls.
+            let ring = |queues: u16| IoRing::new((u32::from(depth) + 3) * u32::from(queues), register);
             let here = engine == IoEngine::Auto;
-            match Uring::new(target.clone(), wakers.try_clone()?, depth, here, used, seen, register) {
-                Ok(uring) => return Ok((Self::Uring(Box::new(uring)), None)),
-                Err(e) if engine == IoEngine::IoUring => return Err(e),
-                Err(e) => refused = Some(e),
+            let uring = |place| Uring::new(target.clone(), place, wakers.try_clone()?, depth, here, seen);
+            let made = match used {
+                Used::ByAny => None,
+                Used::ByOne => Some(ring(1).and_then(|ring| uring(ring.place()))),
+                // Its thread waits for the ring, so there is nothing to fall back to.
+                Used::AmongOthers(Some(ring), _) => {
+                    return Ok((Self::Uring(Box::new(uring(ring.place())?)), None));
+                }
+                Used::AmongOthers(none, queues) => Some(ring(queues).and_then(|ring| {
+                    let uring = uring(ring.place())?;
+                    *none = Some(ring);
+                    Ok(uring)
+                })),
+            };
+            match made {
+                None => {}
+                Some(Ok(uring)) => return Ok((Self::Uring(Box::new(uring)), None)),
+                Some(Err(e)) if engine == IoEngine::IoUring => return Err(e),
+                Some(Err(e)) => refused = Some(e),
             }
         }
         Ok((Self::Calls(Waiter::new(wakers)?, target), refused))
@@ -199,7 +222,7 @@ impl Backend {
     pub(crate) fn registered_bytes(&self) -> u64 {
         match self {
             Self::Null(_) | Self::Calls(..) => 0,
-            Self::Uring(uring) => uring.registered.bytes(),
+            Self::Uring(uring) => uring.registered_bytes(),
         }
     }
 
@@ -243,11 +266,12 @@ impl Backend {
         }
     }
 
-    /// Can be read when a [`Backend::wait`] would end, for who waits for several; who was told so calls [`Backend::woken`].
-    pub(crate) fn waits_on(&self) -> BorrowedFd<'_> {
+    /// Can be read when a [`Backend::wait`] would end, for who waits for several; who was told so calls [`Backend::woken`]. `None`: its
+    /// ring is what there is to wait for.
+    pub(crate) fn waits_on(&self) -> Option<BorrowedFd<'_>> {
         match self {
-            Self::Null(waiter) | Self::Calls(waiter, _) => waiter.as_fd(),
-            Self::Uring(uring) => uring.as_fd(),
+            Self::Null(waiter) | Self::Calls(waiter, _) => Some(waiter.as_fd()),
+            Self::Uring(_) => None,
         }
     }
 
@@ -255,7 +279,7 @@ impl Backend {
     pub(crate) fn woken(&mut self) -> io::Result<()> {
         match self {
             Self::Null(waiter) | Self::Calls(waiter, _) => waiter.wait(Some(Duration::ZERO)),
-            Self::Uring(uring) => uring.poll(false).map(drop),
+            Self::Uring(_) => Ok(()),
         }
     }
 
