@@ -24,7 +24,8 @@ const STACK_BYTES: usize = 256 * 1024;
 const JOINING: u64 = u64::MAX;
 
 /// Threads of a disk: one per queue, or, if those were more than the processors that they may use, one per processor, each
-/// with several queues and one io_uring for them. Two threads on one processor would take turns as the scheduler pleases, and a queue would wait as long.
+/// with several queues and one io_uring for them. Two threads on one processor would take turns as the scheduler pleases, and a
+/// queue would wait as long.
 #[derive(Debug, Default)]
 pub struct Threads {
     shared: Arc<Mutex<Teams>>,

@@ -8,11 +8,12 @@ use std::time::{Duration, Instant};
 use common::{DRIVER, Guest, PATIENCE, T_FLUSH, T_IN, T_OUT, pattern};
 use nix::sched::{CpuSet, sched_getaffinity, sched_setaffinity};
 use nix::unistd::Pid;
-use offload_blk::{BlockDevice, DiskConfig, Image, IoEngine, Store, Threads};
+use offload_blk::{BlockDevice, DiskConfig, Image, IoEngine, Register, Store, Threads};
 use offload_card::Device;
 use offload_card::poll::{PollMode, PollPolicy};
 use offload_card::qos::Limits;
 use proto::v1::DeviceLimits;
+use vm_memory::{Bytes, GuestAddress};
 
 const QUEUES: u16 = 4;
 const OK: u8 = 0;
@@ -46,7 +47,11 @@ fn file() -> (tempfile::NamedTempFile, Store) {
 }
 
 fn disk(name: &str, store: Store, engine: IoEngine, mode: PollMode) -> BlockDevice {
-    BlockDevice::new(DiskConfig {
+    BlockDevice::new(config(name, store, engine, mode)).unwrap()
+}
+
+fn config(name: &str, store: Store, engine: IoEngine, mode: PollMode) -> DiskConfig {
+    DiskConfig {
         name: name.into(),
         store,
         queues: QUEUES,
@@ -59,8 +64,7 @@ fn disk(name: &str, store: Store, engine: IoEngine, mode: PollMode) -> BlockDevi
         host: Arc::new(Threads::default()),
         storage: Arc::default(),
         mode_file: None,
-    })
-    .unwrap()
+    }
 }
 
 fn start(disk: &BlockDevice, guest: &Guest, index: u16) {
@@ -154,6 +158,64 @@ fn a_queue_of_a_shared_thread_stops_and_starts_while_the_others_go_on() {
     assert_eq!(guest.run(2, T_IN, 0, 4096), OK);
     stop(&disk, 2);
     gone("stops");
+}
+
+/// The guest's memory is replaced while all of them use it, and one of them goes.
+#[test]
+fn queues_of_a_thread_register_memory_once_and_forget_it_together() {
+    confine(1);
+    let (_file, store) = file();
+    let config = DiskConfig {
+        register: Register::AtOnce,
+        ..config("registers", store, IoEngine::IoUring, PollMode::Adaptive)
+    };
+    let disk = BlockDevice::new(config).unwrap();
+    let mut guest = Guest::new(QUEUES.into(), 64, DRIVER);
+    let table = guest.memory.table();
+    let shared: Vec<_> = (0..QUEUES)
+        .map(|index| {
+            let (ring, shared) = guest.queues[usize::from(index)].ring_in(table.clone(), None).unwrap();
+            disk.start_queue(ring).unwrap();
+            shared
+        })
+        .collect();
+    let registered = || shared.iter().map(|queue| queue.counters.registered.get()).collect::<Vec<_>>();
+    // Queues say so after their answers.
+    let wait_for = |guest: &Guest, what: &str, holds: &dyn Fn(&[u64]) -> bool| {
+        let since = Instant::now();
+        while !holds(&registered()) {
+            assert!(since.elapsed() < PATIENCE, "{what}: {:?}", registered());
+            guest.queues.iter().for_each(|queue| queue.kick());
+            std::thread::yield_now();
+        }
+    };
+    let mut first = 0;
+    for round in 0..6 {
+        for queue in first..usize::from(QUEUES) {
+            let data = pattern(8, round, 4096);
+            guest.set_data(0, &data);
+            assert_eq!(guest.run(queue, T_OUT, 8, 4096), OK);
+            guest.set_data(0, &[0; 4096]);
+            assert_eq!(guest.run(queue, T_IN, 8, 4096), OK);
+            assert!(guest.data(0, 4096) == data, "round {round}");
+        }
+        let one =
+            |queues: &[u64]| queues[first] > 0 && queues.iter().filter(|bytes| **bytes > 0).count() == 1;
+        wait_for(&guest, "one of them says what is registered", &one);
+        if round == 3 {
+            stop(&disk, 0);
+            first = 1;
+            continue;
+        }
+        // What is in the old memory now is nobody's.
+        let old = guest.memory.clone();
+        guest.move_to(&table);
+        old.memory.write_slice(&[0xee; 1 << 20], GuestAddress(0x20_0000)).unwrap();
+        wait_for(&guest, "it is forgotten", &|queues| queues.iter().all(|bytes| *bytes == 0));
+    }
+    (1..QUEUES).for_each(|index| stop(&disk, index));
+    assert_eq!(registered(), [0; QUEUES as usize]);
+    gone("registers");
 }
 
 #[test]
