@@ -32,6 +32,7 @@ const FORMATTED: u16 = 2;
 
 /// Longest write into the page cache that the queue's thread does itself, in bytes.
 const WRITE_HERE_BYTES: usize = 64 * 1024;
+
 /// What the format's own threads do for this queue.
 struct Formatted {
     qcow2: Arc<Qcow2>,
@@ -54,7 +55,7 @@ pub(crate) struct Uring {
     /// Reads are tried here first, as long as the file system can say that it would have to wait.
     read_here: bool,
     write_here: bool,
-    /// Writes are completed by a kernel thread on this processor.
+    /// Direct writes are completed by a kernel thread on this processor, one by one.
     gathers: bool,
     pub(super) cached: Cached,
 }
