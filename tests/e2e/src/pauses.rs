@@ -4,6 +4,8 @@ use std::time::Duration;
 
 /// The guest's clock and ours agree to this.
 const SKEW: Duration = Duration::from_millis(25);
+/// Restarts with so much time between them can be told apart, if a guest does not wait for longer than that less the skew.
+pub const APART: Duration = Duration::from_millis(80);
 
 /// What the restarts of one guest's card were to it.
 #[derive(Default)]
