@@ -12,6 +12,7 @@ use offload_blk::{BlockDevice, DiskConfig, Image, IoEngine, Register, Store, Thr
 use offload_card::Device;
 use offload_card::poll::{PollMode, PollPolicy};
 use offload_card::qos::Limits;
+use offload_card::testing::DriverQueue;
 use proto::v1::DeviceLimits;
 use vm_memory::{Bytes, GuestAddress};
 
@@ -185,7 +186,7 @@ fn queues_of_a_thread_register_memory_once_and_forget_it_together() {
         let since = Instant::now();
         while !holds(&registered()) {
             assert!(since.elapsed() < PATIENCE, "{what}: {:?}", registered());
-            guest.queues.iter().for_each(|queue| queue.kick());
+            guest.queues.iter().for_each(DriverQueue::kick);
             std::thread::yield_now();
         }
     };
