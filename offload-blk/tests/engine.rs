@@ -5,7 +5,10 @@ mod common;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use common::{DRIVER, Guest, PATIENCE, T_DISCARD, T_FLUSH, T_GET_ID, T_IN, T_OUT, T_WRITE_ZEROES, pattern};
+use common::{
+    DRIVER, Guest, IOERR, OK, PATIENCE, T_DISCARD, T_FLUSH, T_GET_ID, T_IN, T_OUT, T_WRITE_ZEROES, UNSUPP,
+    pattern,
+};
 use offload_blk::{
     BlockDevice, DiskConfig, Image, Inline, IoEngine, QueueHost, Register, Storage, Store, Threads,
 };
@@ -16,10 +19,6 @@ use offload_card::testing::{Buffer, Front};
 use offload_card::{Device, RingState};
 use proto::v1::DeviceLimits;
 use vm_memory::{Bytes, GuestAddress};
-
-const OK: u8 = 0;
-const IOERR: u8 = 1;
-const UNSUPP: u8 = 2;
 
 fn disk(store: Store, host: Arc<dyn QueueHost>, mode: PollMode, queue_size: u16) -> BlockDevice {
     BlockDevice::new(config(store, host, mode, queue_size)).unwrap()

@@ -9,14 +9,15 @@ use std::process::Command;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use common::{Card, DRIVER, Guest, PATIENCE, T_DISCARD, T_FLUSH, T_IN, T_OUT, T_WRITE_ZEROES, pattern, spec};
+use common::{
+    Card, DRIVER, Guest, OK, PATIENCE, T_DISCARD, T_FLUSH, T_IN, T_OUT, T_WRITE_ZEROES, pattern, spec,
+};
 use offload_blk::{BlockDevice, DiskConfig, IoEngine, Store, Threads};
 use offload_card::Device;
 use offload_card::poll::{PollMode, PollPolicy};
 use offload_card::testing::{Buffer, Front};
 use proto::v1::{BlockDeviceSpec, ErrorReason, ImageFormat};
 
-const OK: u8 = 0;
 const FEATURES: u64 = DRIVER | 1 << 13 | 1 << 14;
 const MIB: usize = 1 << 20;
 

@@ -5,7 +5,7 @@ mod common;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use common::{DRIVER, Guest, PATIENCE, T_FLUSH, T_IN, T_OUT, pattern};
+use common::{DRIVER, Guest, OK, PATIENCE, T_FLUSH, T_IN, T_OUT, pattern};
 use nix::sched::{CpuSet, sched_getaffinity, sched_setaffinity};
 use nix::unistd::Pid;
 use offload_blk::{BlockDevice, DiskConfig, Image, IoEngine, Register, Store, Threads};
@@ -17,7 +17,6 @@ use proto::v1::DeviceLimits;
 use vm_memory::{Bytes, GuestAddress};
 
 const QUEUES: u16 = 4;
-const OK: u8 = 0;
 
 /// Gives the calling thread, and those it starts, `cpus` processors; false if there are not so many.
 fn confine(cpus: usize) -> bool {

@@ -34,6 +34,10 @@ pub const T_GET_ID: u32 = 8;
 pub const T_DISCARD: u32 = 11;
 pub const T_WRITE_ZEROES: u32 = 13;
 
+pub const OK: u8 = 0;
+pub const IOERR: u8 = 1;
+pub const UNSUPP: u8 = 2;
+
 /// Features of a modern driver: ring features, flush, several queues, cache mode.
 pub const DRIVER: u64 = FEATURES | 1 << 9 | 1 << 12 | 1 << 2 | 1 << 6;
 
@@ -295,6 +299,11 @@ impl Guest {
         assert_eq!(used.expect("the request comes back").0, head);
         self.status(0)
     }
+}
+
+/// A front-end of a device.
+pub fn connect(device: &Device) -> Front {
+    Front::connect_within(Path::new(&device.socket_path), PATIENCE)
 }
 
 /// What sector `sector` has after write number `version`: every byte depends on both.
