@@ -27,6 +27,11 @@ fn pop(ring: &mut Ring) -> Option<Chain> {
     ring.pop(&mut chain).unwrap().then_some(chain)
 }
 
+/// Heads of all chains that are there.
+fn pop_all(ring: &mut Ring) -> Vec<u16> {
+    std::iter::from_fn(|| pop(ring).map(|chain| chain.head())).collect()
+}
+
 #[test]
 fn chains_go_round_and_round() {
     let guest = guest();
@@ -64,7 +69,7 @@ fn answers_come_in_any_order() {
     let area = InflightArea::create(1, SIZE).unwrap().0;
     let (mut ring, _) = driver.ring(area.queue(0, SIZE)).unwrap();
     let heads: Vec<_> = (0..4).map(|i| driver.add(&one(i)).unwrap()).collect();
-    let popped: Vec<_> = std::iter::from_fn(|| pop(&mut ring).map(|c| c.head())).collect();
+    let popped = pop_all(&mut ring);
     assert_eq!(popped, heads);
     assert_eq!(ring.in_flight(), 4);
     for &head in heads.iter().rev() {
@@ -194,7 +199,7 @@ fn unpopped_chains_come_again_in_order() {
     let first: Vec<_> = (0..3).map(|_| pop(&mut ring).unwrap().head()).collect();
     ring.unpop(&[first[2], first[1]]);
     assert_eq!((ring.in_flight(), ring.available()), (1, Ok(3)));
-    let again: Vec<_> = std::iter::from_fn(|| pop(&mut ring).map(|c| c.head())).collect();
+    let again = pop_all(&mut ring);
     assert_eq!(again, heads[1..]);
     assert_eq!(shared.counters.requests.get(), 4);
 }

@@ -25,7 +25,7 @@ fn what_was_in_flight_comes_again_in_order_before_anything_new() {
     std::mem::forget(ring);
     let mut ring = restart(&driver, &area);
     assert_eq!((ring.in_flight(), ring.recovered()), (2, 2));
-    let again: Vec<_> = std::iter::from_fn(|| pop(&mut ring).map(|c| c.head())).collect();
+    let again = pop_all(&mut ring);
     assert_eq!(again, [heads[0], heads[2], heads[3]]);
     for head in again {
         ring.push(head, 0);
@@ -48,7 +48,7 @@ fn a_batch_that_was_pushed_and_not_published_comes_again() {
     ring.push(heads[0], 0);
     std::mem::forget(ring);
     let mut ring = restart(&driver, &area);
-    let again: Vec<_> = std::iter::from_fn(|| pop(&mut ring).map(|c| c.head())).collect();
+    let again = pop_all(&mut ring);
     assert_eq!(again, heads);
 }
 
@@ -67,7 +67,7 @@ fn a_batch_that_was_published_and_not_cleared_does_not_come_again() {
     ring.layout.set_used_idx(2);
     std::mem::forget(ring);
     let mut ring = restart(&driver, &area);
-    let again: Vec<_> = std::iter::from_fn(|| pop(&mut ring).map(|c| c.head())).collect();
+    let again = pop_all(&mut ring);
     assert_eq!(again, [heads[0], heads[2]]);
 }
 
@@ -82,11 +82,11 @@ fn recovered_chains_can_be_put_back() {
     pop(&mut ring).unwrap();
     std::mem::forget(ring);
     let mut ring = restart(&driver, &area);
-    let first: Vec<_> = std::iter::from_fn(|| pop(&mut ring).map(|c| c.head())).collect();
+    let first = pop_all(&mut ring);
     assert_eq!(first, heads);
     ring.unpop(&[heads[2], heads[1]]);
     assert_eq!(ring.recovered(), 1);
-    let again: Vec<_> = std::iter::from_fn(|| pop(&mut ring).map(|c| c.head())).collect();
+    let again = pop_all(&mut ring);
     assert_eq!(again, heads[1..]);
 }
 
@@ -101,10 +101,7 @@ fn without_an_area_the_ring_goes_back_to_the_used_index() {
     ring.publish();
     std::mem::forget(ring);
     let (mut ring, _) = driver.ring(None).unwrap();
-    let mut again = Vec::new();
-    while let Some(chain) = pop(&mut ring) {
-        again.push(chain.head());
-    }
+    let again = pop_all(&mut ring);
     assert_eq!(again, heads[1..]);
     // One that cannot be right: three available, seven used.
     driver.set_avail_idx(3);
@@ -123,7 +120,7 @@ fn without_an_area_what_was_answered_out_of_order_is_not_lost() {
     ring.publish();
     std::mem::forget(ring);
     let (mut ring, _) = driver.ring(None).unwrap();
-    let again: Vec<_> = std::iter::from_fn(|| pop(&mut ring).map(|c| c.head())).collect();
+    let again = pop_all(&mut ring);
     let used: Vec<_> = std::iter::from_fn(|| driver.take_used().map(|(h, _)| h)).collect();
     assert_eq!((again, used), (heads, vec![]));
 }
@@ -192,9 +189,7 @@ proptest! {
             prop_assert!(held == 0 || !recorded);
         }
         ring.publish();
-        while let Some(chain) = pop(&mut ring) {
-            taken.push(chain.head());
-        }
+        taken.extend(pop_all(&mut ring));
         for head in taken {
             ring.push(head, 0);
         }
